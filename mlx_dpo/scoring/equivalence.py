@@ -13,6 +13,7 @@ from mlx_dpo.adapters.master_weights import cast_for_forward
 from mlx_dpo.io.arrays import Arrays, named_arrays, scalar
 from mlx_dpo.models.device import is_cpu, main_dtype
 from mlx_dpo.models.restore import module_modes
+from mlx_dpo.scoring.sharded.value_and_grad import value_and_grad
 from mlx_dpo.types import TokenizedPair
 
 RowFunction = Callable[[nn.Module], mx.array]  # any quantity to compare, (n, K)
@@ -142,7 +143,7 @@ def _values_and_gradients(model: nn.Module, function: RowFunction) -> tuple[mx.a
 
     if not named_arrays(model.trainable_parameters()):
         return function(model), {}
-    (_, values), gradients = nn.value_and_grad(model, weighted_sum)(model)
+    (_, values), gradients = value_and_grad(model, weighted_sum)(model)
     mx.eval(values, gradients)
     return values, named_arrays(gradients)
 

@@ -36,6 +36,7 @@ from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
 from mlx_dpo.scoring.packing.packed_sequence import PackedSequence, packed_hidden_states
 from mlx_dpo.scoring.packing.shared_prompts import SharedPromptSequence
 from mlx_dpo.scoring.packing.trie import TrieSequence
+from mlx_dpo.scoring.sharded.gathered_blocks import is_sharded
 from mlx_dpo.scoring.shared_prefix import completion_hidden_states
 from mlx_dpo.types import PairLogps, TokenizedPair
 
@@ -67,6 +68,8 @@ def memory_efficient_training(policy: nn.Module, *, recompute: bool) -> Iterator
     CPU, SwiGLU is replaced by a faster version. Evaluate the gradients inside the block too,
     because the evaluation may run layers again.
     """
+    # The blocks of a sharded model run again anyway.
+    recompute = recompute and not is_sharded(policy)
     checkpointing = gradient_checkpointing(policy) if recompute else nullcontext()
     with use_chunked_attention(), use_token_positions(), use_fast_swiglu(policy), checkpointing:
         yield

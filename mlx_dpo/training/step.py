@@ -17,6 +17,7 @@ from mlx_dpo.models.restore import preserved_random_state
 from mlx_dpo.optim.grouped_update import GroupedUpdate
 from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training, plain_scorer
+from mlx_dpo.scoring.sharded.value_and_grad import value_and_grad
 from mlx_dpo.training.accumulate import (
     Gradients,
     PassResult,
@@ -74,13 +75,13 @@ def _value_and_grad(
         # Sums, not means: micro-batches of any size add up to the mean loss of the step.
         return outputs.losses.sum() * (1.0 / num_pairs), batch.select_outputs(outputs)
 
-    value_and_grad = nn.value_and_grad(policy, loss)
+    differentiated = value_and_grad(policy, loss)
 
     def compute(model: nn.Module, batch: MicroBatch) -> PassResult:
         if batch.dropout_seed is None:
-            return cast("PassResult", value_and_grad(model, batch))
+            return cast("PassResult", differentiated(model, batch))
         with preserved_random_state(mx.random.key(batch.dropout_seed)):
-            return cast("PassResult", value_and_grad(model, batch))
+            return cast("PassResult", differentiated(model, batch))
 
     return compute
 

@@ -52,6 +52,7 @@ class FlattenedArguments:
         self.arrays: list[mx.array] = []
         self.objects: list[Any] = []
         self.states: list[Any] = []  # structure of the attributes of each object
+        self._constants: set[int] = set()  # indices of arrays of objects that declare them so
         for known in objects:
             self._index(known)
         self._flatten_states()
@@ -96,7 +97,14 @@ class FlattenedArguments:
         """
         while len(self.states) < len(self.objects):
             self.states.append(None)  # reserves the index: attributes may add objects
-            self.states[-1] = self._flatten(vars(self.objects[len(self.states) - 1]))
+            target, start = self.objects[len(self.states) - 1], len(self.arrays)
+            self.states[-1] = self._flatten(vars(target))
+            if getattr(type(target), "HAS_CONSTANT_ARRAYS", False):
+                self._constants.update(range(start, len(self.arrays)))
+
+    def variable_indices(self) -> list[int]:
+        """Return the indices of the arrays that may need a gradient."""
+        return [i for i in floating_indices(self.arrays) if i not in self._constants]
 
 
 class RebuiltArguments:
@@ -160,11 +168,51 @@ def _check_frozen(module: nn.Module) -> nn.Module:
 Call = Callable[..., Any]
 
 
-class _LayerResult(NamedTuple):
+class LayerResult(NamedTuple):
     """Result of a layer's call: its output and the caches after the call, both flattened."""
 
     flattened: FlattenedArguments
     output_structure: Any
+
+
+class LayerCall:
+    """A layer's call as a function of arrays, which can run several times with the same result."""
+
+    def __init__(
+        self, layer: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Prepare `call(layer, *args, **kwargs)`."""
+        self.layer, self._call = layer, call
+        self.arguments = FlattenedArguments()
+        self._structure = self.arguments.flatten((args, kwargs))
+        self.parameters = named_arrays(layer.trainable_parameters())
+        self.random_state = mx.array(random_state())  # before the layer draws random numbers
+
+    @property
+    def inputs(self) -> list[mx.array]:
+        """The trainable parameters, the arrays of the arguments, and the random state."""
+        return [*self.parameters.values(), *self.arguments.arrays, self.random_state]
+
+    def run(self, inputs: Sequence[mx.array]) -> LayerResult:
+        """Call the layer with other arrays instead of `self.inputs`."""
+        count = len(self.parameters)
+        # Copies of the caches are written to, so that a second run starts from the same state.
+        copies = RebuiltArguments(self.arguments, inputs[count:-1])
+        args, kwargs = copies.unflatten(self._structure)
+        parameters = dict(zip(self.parameters, inputs[:count], strict=True))
+        with _with_parameters(self.layer, parameters):
+            output = self._call(self.layer, *args, **kwargs)
+        flattened = FlattenedArguments(copies.objects)
+        return LayerResult(flattened, flattened.flatten(output))
+
+    def finish(self, result: LayerResult, arrays: Sequence[mx.array]) -> Any:
+        """Return the output of the call, and write the new state to the original caches.
+
+        Args:
+            arrays: the arrays of `result`, or others to use instead.
+        """
+        rebuilt = RebuiltArguments(result.flattened, arrays, into=self.arguments.objects)
+        return rebuilt.unflatten(result.output_structure)
 
 
 @contextmanager
@@ -219,31 +267,14 @@ def _checkpointed_call(
     layer: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Return `call(layer, *args, **kwargs)`, saving only its input arrays for the backward pass."""
-    arguments = FlattenedArguments()
-    structure = arguments.flatten((args, kwargs))
-    parameters = named_arrays(layer.trainable_parameters())
-    count = len(parameters)
-    key = mx.array(random_state())  # before the layer draws random numbers
-
-    def run(arrays: Sequence[mx.array]) -> _LayerResult:
-        # Copies of the caches are written to, so that a second run starts from the same state.
-        copies = RebuiltArguments(arguments, arrays[count:-1])
-        copied_args, copied_kwargs = copies.unflatten(structure)
-        with _with_parameters(layer, dict(zip(parameters, arrays[:count], strict=True))):
-            output = call(layer, *copied_args, **copied_kwargs)
-        flattened = FlattenedArguments(copies.objects)
-        return _LayerResult(flattened, flattened.flatten(output))
-
-    inputs = [*parameters.values(), *arguments.arrays, key]
-    arrays, result = _run_with_recomputation(run, inputs)
-    # The original caches take the new state.
-    rebuilt = RebuiltArguments(result.flattened, arrays, into=arguments.objects)
-    return rebuilt.unflatten(result.output_structure)
+    layer_call = LayerCall(layer, call, args, kwargs)
+    arrays, result = _run_with_recomputation(layer_call.run, layer_call.inputs)
+    return layer_call.finish(result, arrays)
 
 
 def _run_with_recomputation(
-    run: Callable[[Sequence[mx.array]], _LayerResult], inputs: list[mx.array]
-) -> tuple[list[mx.array], _LayerResult]:
+    run: Callable[[Sequence[mx.array]], LayerResult], inputs: list[mx.array]
+) -> tuple[list[mx.array], LayerResult]:
     """Return the output arrays and the result of `run(inputs)`; save only `inputs`.
 
     The backward pass calls `run` again.
@@ -251,7 +282,7 @@ def _run_with_recomputation(
     Args:
         inputs: arrays with respect to which MLX differentiates; the last one is the random state.
     """
-    results: list[_LayerResult] = []
+    results: list[LayerResult] = []
 
     @mx.custom_function
     def forward(*arrays: mx.array) -> list[mx.array]:
@@ -265,38 +296,53 @@ def _run_with_recomputation(
         # The recomputation must wait for the incoming gradient. MLX promises no order, and
         # recomputing early would hold the activations of all layers at once.
         arrays = mx.depends(list(arrays), list(cotangents))
-        float_outputs, float_inputs = _floating_indices(outputs), _floating_indices(arrays)
-
-        def recompute(*floats: mx.array) -> Sequence[mx.array]:
-            merged = list(arrays)
-            for index, value in zip(float_inputs, floats, strict=True):
-                merged[index] = value
-            recomputed = run(merged).flattened.arrays
-            # `depends` makes them distinct arrays. Of an array that is returned twice, as keys
-            # of a cache and as output of the layer, MLX would use one cotangent only.
-            return mx.depends([recomputed[index] for index in float_outputs], [arrays[-1]])
-
-        with preserved_random_state(arrays[-1]):
-            _, float_gradients = mx.vjp(
-                recompute,
-                [arrays[index] for index in float_inputs],
-                [cotangents[index] for index in float_outputs],
-            )
-        # Zeros, not None: MLX drops None, which shifts the gradients that follow.
-        gradients = [mx.zeros_like(array) for array in arrays]
-        for index, gradient in zip(float_inputs, float_gradients, strict=True):
-            gradients[index] = gradient
-        return gradients
+        return recomputed_gradients(run, arrays, cotangents, outputs)
 
     outputs: Any = forward(*inputs)
-    floating = set(_floating_indices(outputs))
+    floating = set(floating_indices(outputs))
     # Integers, such as offsets of a cache, may later be used as indices, and MLX refuses to
     # differentiate with respect to indices.
     arrays = [o if i in floating else mx.stop_gradient(o) for i, o in enumerate(outputs)]
     return arrays, results.pop()
 
 
-def _floating_indices(arrays: Sequence[mx.array]) -> list[int]:
+def recomputed_gradients(
+    run: Callable[[Sequence[mx.array]], LayerResult],
+    inputs: Sequence[mx.array],
+    cotangents: Sequence[mx.array],
+    outputs: Sequence[mx.array],
+) -> list[mx.array]:
+    """Return the gradients of all `inputs` of a layer, which runs again. Integers get zeros.
+
+    Args:
+        inputs: the last one is the random state.
+        cotangents: gradients of `outputs`, the arrays of the result of `run(inputs)`.
+    """
+    float_outputs, float_inputs = floating_indices(outputs), floating_indices(inputs)
+
+    def recompute(*floats: mx.array) -> Sequence[mx.array]:
+        merged = list(inputs)
+        for index, value in zip(float_inputs, floats, strict=True):
+            merged[index] = value
+        recomputed = run(merged).flattened.arrays
+        # `depends` makes them distinct arrays. Of an array that is returned twice, as keys
+        # of a cache and as output of the layer, MLX would use one cotangent only.
+        return mx.depends([recomputed[index] for index in float_outputs], [inputs[-1]])
+
+    with preserved_random_state(inputs[-1]):
+        _, float_gradients = mx.vjp(
+            recompute,
+            [inputs[index] for index in float_inputs],
+            [cotangents[index] for index in float_outputs],
+        )
+    # Zeros, not None: MLX drops None, which shifts the gradients that follow.
+    gradients = [mx.zeros_like(array) for array in inputs]
+    for index, gradient in zip(float_inputs, float_gradients, strict=True):
+        gradients[index] = gradient
+    return gradients
+
+
+def floating_indices(arrays: Sequence[mx.array]) -> list[int]:
     """Return the indices of the floating-point arrays: only these have gradients."""
     return [i for i, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
 

@@ -48,6 +48,8 @@ class PackedSequence(ABC):
     The last token of each completion is left out, because no token follows it.
     """
 
+    HAS_CONSTANT_ARRAYS = True  # its masks need no gradients
+
     def __init__(self, ids: np.ndarray, positions: np.ndarray) -> None:
         """Store the ids and positions of all tokens, without padding. (T,) each
 

@@ -1,0 +1,156 @@
+"""A sharded model computes the log-probs and gradients of the whole one, bit for bit.
+
+`sharded_architectures.py` compares all architectures on real ranks; here the ranks are in one
+process.
+"""
+
+import gc
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_dpo.adapters.attach import attach_adapters
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io.arrays import named_arrays, random_state
+from mlx_dpo.models.sharded.shard_model import shard_model
+from mlx_dpo.scoring.equivalence import random_pairs
+from mlx_dpo.scoring.scorers import Scorer, make_shared_scorer, plain_scorer
+from mlx_dpo.scoring.sharded.value_and_grad import value_and_grad
+from tests.scoring import architectures
+from tests.scoring.sharded_models import (
+    RanksInTurn,
+    adapt,
+    build,
+    different_bits,
+    numbers,
+    randomize_adapters,
+    shard,
+)
+
+LENGTHS = ((9, 6, 2), (5, 3, 7))
+
+
+def trie() -> Scorer:
+    return make_shared_scorer(vocab_size=architectures.VOCAB, gradients=True, packing="trie")
+
+
+def batched() -> Scorer:
+    return make_shared_scorer(vocab_size=architectures.VOCAB, gradients=True, packing="batch")
+
+
+def pairs_of(rank: int):
+    """Other pairs, of other lengths and in another number, for each rank."""
+    lengths = [(p + rank, c + rank, r) for p, c, r in LENGTHS]
+    return random_pairs(lengths[: 2 - rank % 2], architectures.VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bits", "scorer"),
+    [
+        pytest.param("llama", 0, trie(), marks=pytest.mark.slow),
+        ("qwen3_moe", 4, trie()),  # experts
+        # Sliding windows, tied embedding; attention and state space; keys of earlier blocks.
+        pytest.param("gemma3_text", 4, plain_scorer, marks=pytest.mark.slow),
+        pytest.param("falcon_h1", 0, plain_scorer, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", 0, batched(), marks=pytest.mark.slow),
+        ("gemma3n", 0, plain_scorer),  # writes to what its blocks return
+    ],
+    ids=lambda value: str(value) if isinstance(value, str | int) else "",
+)
+def test_a_sharded_model_computes_what_the_whole_one_computes(model_type, bits, scorer):
+    whole = build(model_type, bits)
+    adapt(whole)
+    models = shard(partial(build, model_type, bits), 2)
+    for rank, (model, shards) in enumerate(models):
+        adapt(model)
+        expected = numbers(whole, scorer, pairs_of(rank))
+        assert different_bits(numbers(model, scorer, pairs_of(rank)), expected) == []
+        total = shards.held_bytes + shards.absent_bytes
+        assert shards.held_bytes <= total / 2 + 64 * len(shards.blocks)
+
+
+def test_gradients_of_adapters_outside_of_the_blocks():
+    """They come before and after the blocks; a second pass adds dropout between and in blocks."""
+
+    def adapt_everywhere(model: nn.Module) -> None:
+        targets = ["embed_tokens", "lm_head", "q_proj", "down_proj"]
+        attach_adapters(model, rank=2, scale=2.0, target_modules=targets, dropout=0.3)
+        randomize_adapters(model)
+
+    whole = build("llama")
+    adapt_everywhere(whole)
+    [(model, _), _] = shard(partial(build, "llama"), 2)
+    adapt_everywhere(model)
+    for scorer in (plain_scorer, trie()):
+        found = []
+        for policy in (whole, model):
+            mx.random.seed(3)
+            found.append(numbers(policy, scorer, pairs_of(0)) | {"state": mx.array(random_state())})
+        assert different_bits(found[1], found[0]) == []
+        assert any("embed_tokens" in name for name in found[0])
+
+
+def test_transposed_weights_keep_their_layout():
+    """A product with a transposed copy rounds differently."""
+
+    def build_transposed() -> nn.Module:
+        model = build("llama")
+        for layer in model.layers:
+            linear = layer.mlp.down_proj
+            linear.weight = mx.contiguous(linear.weight.T).T
+        mx.eval(model.parameters())
+        return model
+
+    whole = build_transposed()
+    adapt(whole)
+    for rank, (model, shards) in enumerate(shard(build_transposed, 2)):
+        adapt(model)
+        assert all((1, 0) in shard.axes.values() for shard in shards.shards)
+        expected = numbers(whole, plain_scorer, pairs_of(rank))
+        assert different_bits(numbers(model, plain_scorer, pairs_of(rank)), expected) == []
+
+
+def test_a_rank_holds_its_part_and_no_whole_block():
+    """MLX's count of bytes while nothing runs, without embedding, head and adapters."""
+    before = mx.get_active_memory()
+    models = shard(partial(build, "llama"), 3)
+    adapt(models[0][0])
+    numbers(models[0][0], plain_scorer, pairs_of(0))
+    shards = [shards for _, shards in models]
+    for model, of_rank in models:
+        of_rank.whole.clear()
+        assert mx.isnan(model.layers[0].input_layernorm.weight).all()
+    gc.collect()
+    mx.clear_cache()
+    total = shards[0].held_bytes + shards[0].absent_bytes
+    outside = sum(
+        value.nbytes
+        for model, _ in models
+        for name, value in named_arrays(model.parameters()).items()
+        if ".layers." not in name or ".lora_" in name
+    )
+    held = mx.get_active_memory() - before
+    assert held <= 1.05 * total + outside  # all three ranks together hold the blocks once
+
+
+def test_a_sharded_model_gives_no_gradient_to_others():
+    """MLX would take the outputs of the blocks for constants, and the gradients would be zero."""
+    model = shard(partial(build, "llama"), 2)[0][0]
+    adapt(model)
+    with pytest.raises(RuntimeError, match="value_and_grad"):
+        nn.value_and_grad(model, lambda policy: policy(mx.array([[1, 2, 3]])).sum())(model)
+
+
+def test_models_that_cannot_be_sharded():
+    model = build("llama")
+    model.layers[1].mlp.up_proj = model.layers[0].mlp.up_proj
+    with pytest.raises(ModelError, match="have weights in common"):
+        shard_model(model, RanksInTurn(0, 2, {}))
+    model = build("iquestloopcoder")  # calls parts of its blocks
+    adapt(model)
+    model = shard(partial(build, "iquestloopcoder"), 2)[0][0]
+    adapt(model)
+    with pytest.raises(RuntimeError, match="parts of its blocks"):
+        value_and_grad(model, lambda policy: policy(mx.array([[1, 2, 3]])).sum())(model)
