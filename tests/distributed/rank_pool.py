@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 WORKER = [sys.executable, "-m", "tests.distributed.rank_worker"]
-# Variables of a launcher around the tests; those of MLX_DPO_ are the product's own.
-LAUNCHER_VARIABLES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_DPO_")
+# Variables of a launcher around the tests.
+LAUNCHER_VARIABLES = ("MLX_RANK", "MLX_HOSTFILE", "MLX_DPO_RANK")
 STARTS = 3  # tries: another program may take a port between its choice and its use
 CALL_SECONDS = 240
 
@@ -41,12 +41,10 @@ def write_hostfile(path, count):
     return path
 
 
-def environment(cache, **variables):
+def environment(**variables):
     """Return the environment of a rank: this one without a launcher's variables."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    fixed = {"OPENBLAS_NUM_THREADS": "1", "MLX_DPO_CACHE": str(cache), "MLX_DPO_STATUS": "0"}
-    kept.update(fixed, PYTHONPATH=str(ROOT), **variables)
-    return kept
+    return kept | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
 
 
 def kill_session(process):
@@ -119,9 +117,7 @@ class RankPool:
                 with (self.folder / f"rank-{rank}.txt").open("ab") as errors:
                     process = subprocess.Popen(
                         WORKER,
-                        env=environment(
-                            self.folder / f"cache-{rank}", **variables if self.count > 1 else {}
-                        ),
+                        env=environment(**variables if self.count > 1 else {}),
                         cwd=ROOT,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,

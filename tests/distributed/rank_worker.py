@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import threading
 import traceback
 from functools import reduce
@@ -13,9 +14,12 @@ import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
 import mlx.core as mx  # isort: skip
 import numpy as np
 
+from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.distributed import ranks as ranks_module
 from mlx_dpo.distributed.connect import connect
 from mlx_dpo.errors import DPOError
+from mlx_dpo.training.monitor import samples
+from tests.run_settings import SAMPLE_TOKENS
 
 SPECIAL = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, 3e38, 6e4)
 
@@ -80,11 +84,24 @@ def bits(array):
     return mx.where(mx.isnan(array), 0, view).tolist(), mx.isnan(array).tolist()
 
 
-def rank():
-    return {"rank": connect().rank, "size": connect().size}
+def train(*, settings, folder, resume=False, stop_after=None, stop_rank=0):
+    """Train a run in `folder`, with its working directory, cache and temporary files there.
+
+    After step `stop_after`, rank `stop_rank` asks for a stop.
+    """
+    os.chdir(f"{folder}/work")
+    os.environ["MLX_DPO_CACHE"] = f"{folder}/cache"
+    tempfile.tempdir = f"{folder}/temporary"  # not TMPDIR, where MLX looks for compiled kernels
+    with DPOTrainer(DPOConfig.from_dict(settings), resume=resume) as trainer:
+        steps = 0
+        for row in trainer.steps():
+            steps = row["step"]
+            if steps == stop_after and connect().rank == stop_rank:
+                trainer.request_stop()
+    return {"steps": steps, "stopped": trainer.stopped}
 
 
-CALLS = {f.__name__: f for f in (add_random_arrays, rank)}
+CALLS = {f.__name__: f for f in (add_random_arrays, train)}
 
 
 def read_lines(lines):
@@ -108,6 +125,7 @@ def main():
     os.dup2(2, 1)  # what else is printed does not mix with replies
     lines = Queue()
     threading.Thread(target=read_lines, args=(lines,), daemon=True).start()
+    samples.SAMPLE_TOKENS = SAMPLE_TOKENS
     connect()
     reply = {"value": "connected"}
     while True:
