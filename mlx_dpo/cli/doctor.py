@@ -1,6 +1,7 @@
 """`mlx-dpo doctor`: show facts about this machine, and run a self-test of training."""
 
 import math
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,9 @@ import click
 
 from mlx_dpo.cli.command import Command
 from mlx_dpo.cli.output import echo, echo_json
+from mlx_dpo.cli.ranks_flags import RanksFlags, ranks_flags
+from mlx_dpo.cli.start_ranks import start_ranks
+from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.phases import phase
 from mlx_dpo.units import format_bytes
 
@@ -17,18 +21,35 @@ if TYPE_CHECKING:
 BACKENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
-@click.command(cls=Command, examples=("mlx-dpo doctor", "mlx-dpo doctor --json > report.json"))
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo doctor",
+        "mlx-dpo doctor --json > report.json",
+        "mlx-dpo doctor --hosts hosts.json",
+    ),
+)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object without personal data."
 )
-def doctor(as_json: bool) -> None:
+@ranks_flags
+def doctor(as_json: bool, **flags: Any) -> None:
     """Show versions, device and limits, and run a self-test of training on this device.
 
     The self-test takes a few seconds. It compares log-probabilities and gradients of a tiny model
     with NumPy in float64, takes one training step, and saves and loads adapters. Each line shows
     the measured error and its limit. Exits with 1 if a check fails. `NAX` tells whether MLX can use
     the neural accelerators in the GPU of an M5 or newer chip, and why.
+
+    With --hosts or --ranks, the link between the ranks is tested instead: its latency and speed,
+    values over it, and versions, devices and sleep settings of the hosts.
     """
+    start_ranks(RanksFlags.pop(flags))
+    if find_rank(os.environ) is not None:
+        from mlx_dpo.cli.link import try_link
+
+        sys.exit(try_link(as_json=as_json))
+
     from mlx_dpo.doctor.checks import self_test
     from mlx_dpo.doctor.machine import anonymous, collect_facts
 

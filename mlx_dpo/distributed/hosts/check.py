@@ -19,7 +19,6 @@ from mlx_dpo.units import format_bytes
 
 FACTS_SECONDS = 120  # for all facts of a host; a digest of a model takes seconds
 FREE_BYTES = 1_000_000_000  # of the folder of temporary files, for a copy of the last checkpoint
-OLDEST_PYTHON = (3, 11)  # of mlx-dpo
 NOT_FOUND = 127  # exit code of a shell for a program that is not there
 SSH_FAILED = 255  # exit code of ssh for errors of its own
 SSH_ADVICE = {  # by what ssh prints
@@ -176,9 +175,10 @@ class _Trouble:
 
     def look_at_programs(self) -> None:
         """Compare the versions of packages with those of this machine."""
-        if tuple(map(int, self.found["python"].split(".")[:2])) < OLDEST_PYTHON:
-            self.faults.append(f"Python {self.found['python']} is too old")
-            self.advice.append("name Python 3.11 or newer with --host-python")
+        python, own_python = self.found["python"], self.own["python"]
+        if python.split(".")[:2] != own_python.split(".")[:2]:
+            self.faults.append(f"Python is {python} (here {own_python})")
+            self.advice.append("name one of the same version with --host-python")
             return
         own, found = self.own["versions"], self.found["versions"]
         wrong = [name for name in own if own[name] != found[name]]

@@ -1,7 +1,7 @@
 """Test the link between the ranks: how fast it is, and whether what arrives is what was sent."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -80,20 +80,10 @@ class LinkReport:
         return asdict(self)
 
 
-def measure_link(ranks: Ranks, on_phase: Callable[[str], None] = lambda name: None) -> LinkReport:
-    """Measure the link and check values over it; all ranks call this.
-
-    Args:
-        ranks: several ranks.
-        on_phase: called with the name of what is measured next.
-    """
-    on_phase("latency")
+def measure_link(ranks: Ranks) -> LinkReport:
+    """Measure the link between several ranks and check values over it; all ranks call this."""
     latency, worst = _measure_latency(ranks)
-    speeds = []
-    for size in SPEED_BYTES:
-        on_phase(f"{size / 2**20:.0f} MiB")
-        speeds.append(_measure_speed(ranks, size))
-    on_phase("values")
+    speeds = [_measure_speed(ranks, size) for size in SPEED_BYTES]
     found = list(_find_wrong_values(ranks))
     wrong = [
         WrongValue(**record)

@@ -36,7 +36,7 @@ def meet(ranks: Ranks) -> Peers:
     Raises:
         SharedError: versions, devices or the threads of BLAS differ.
     """
-    peers = Peers(ranks, ranks.all_gather_json("hosts", _machine_facts()))
+    peers = Peers(ranks, ranks.all_gather_json("hosts", describe_machine()))
     if not ranks.is_alone:
         peers.check_same(software(), "install the same version on all hosts")
         peers.check_same(_device_facts(), "the ranks of a run need devices of the same kind")
@@ -44,6 +44,11 @@ def meet(ranks: Ranks) -> Peers:
             {"BLAS": _blas()}, "set OPENBLAS_NUM_THREADS to the same number for all ranks"
         )
     return peers
+
+
+def must_be_same() -> dict[str, str]:
+    """Return all that `meet` compares, by name."""
+    return software() | _device_facts() | {"BLAS": _blas()}
 
 
 def software() -> dict[str, str]:
@@ -64,7 +69,7 @@ def _blas() -> str:
     return f"OpenBLAS with {threads} thread{'s' * (threads != 1)}" if threads else "MLX's own"
 
 
-def _machine_facts() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Return facts about this machine, which may differ between ranks, for the run record."""
     facts = (
         socket.gethostname(),
