@@ -70,6 +70,12 @@ def find_rank(environment: Mapping[str, str]) -> int | None:
     return next((_number(environment, name) for name in MPI_RANKS if name in environment), 0)
 
 
+def guess_rank(environment: Mapping[str, str]) -> int:
+    """Return the rank by the first variable that has one; 0 without any. Raises no error."""
+    names = (name for name in (RANK, *MPI_RANKS) if environment.get(name, "").isdigit())
+    return next((int(environment[name]) for name in names), 0)
+
+
 def _has_mpi_peers(environment: Mapping[str, str]) -> bool:
     return any(_number(environment, name) > 1 for name in MPI_SIZES if name in environment)
 

@@ -130,8 +130,9 @@ def choose_passes(
     config = with_recorded_scorer(config, choice, earlier)
     room = available_memory().shared_by(peers.on_this_host)
     fitted = _choose_micro_batch_size(inputs, config, choice, earlier, room)
-    if not force:
-        _check_fits(fitted, longest_row(inputs.train))
+    with peers.sharing_errors():
+        if not force:
+            _check_fits(fitted, longest_row(inputs.train))
     if fitted.config.recompute and not config.recompute:
         choice = _choose_shared_scorer(inputs, fitted.config, earlier, peers)
     return replace(choice, passes_at_once=fitted.passes_at_once), fitted

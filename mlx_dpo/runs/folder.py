@@ -348,6 +348,8 @@ def new_record(
         "stopped_early_at": None,
         "warnings": [],
         "verdict": None,
+        # On which ranks and hosts the steps were trained; None: always by one process.
+        "ranks": (earlier or {}).get("ranks"),
     }
 
 

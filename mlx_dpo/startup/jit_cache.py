@@ -25,14 +25,17 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _folder: Path | None = None
 
 
-def use_private_jit_cache(cache_folder: Path | None) -> Path | None:
+def use_private_jit_cache(cache_folder: Path | None, rank: int = 0) -> Path | None:
     """Make MLX compile and load kernels in a folder that only this user can write to.
 
-    The folder is `jit` in `cache_folder`. If it cannot be used, a temporary folder is used that is
-    removed when the process ends. If there is none either, MLX compiles no kernels.
+    The folder is `jit`, or `jit-rank-N`, in `cache_folder`. If it cannot be used, a temporary
+    folder is used that is removed when the process ends. If there is none either, MLX compiles no
+    kernels.
 
     Args:
         cache_folder: Folder of the user's caches; None if the user has none.
+        rank: Number of this process among those of a run. Each has a folder of its own, because
+            MLX may load a library that another process has written only half of.
 
     Returns:
         The folder, or None if MLX compiles no kernels.
@@ -41,7 +44,8 @@ def use_private_jit_cache(cache_folder: Path | None) -> Path | None:
     if not hasattr(os, "geteuid"):  # Windows, where each user has a folder of temporary files
         return None
     if _folder is None or not is_private(_folder):
-        _folder = _persistent_folder(cache_folder) or _temporary_folder()
+        name = f"{FOLDER}-rank-{rank}" if rank else FOLDER
+        _folder = _persistent_folder(cache_folder, name) or _temporary_folder()
     if _folder is None:
         _disable_compilation()
     else:
@@ -82,12 +86,12 @@ def _is_trusted(folder: Path) -> bool:
     return not status.st_mode & others or bool(status.st_mode & stat.S_ISVTX)
 
 
-def _persistent_folder(cache_folder: Path | None) -> Path | None:
+def _persistent_folder(cache_folder: Path | None, name: str) -> Path | None:
     if cache_folder is None:
         return None
     try:
         cache_folder.mkdir(parents=True, exist_ok=True)
-        folder = cache_folder.resolve(strict=True) / FOLDER  # links above it are followed only now
+        folder = cache_folder.resolve(strict=True) / name  # links above it are followed only now
         folder.mkdir(mode=PRIVATE, exist_ok=True)
         _restrict(folder)
         usable = is_private(folder) and os.access(folder, os.W_OK | os.X_OK)

@@ -54,7 +54,7 @@ def open_run_folder(run: StartedRun) -> Iterator[OpenedFolder]:
     """
     ranks, record = run.peers.ranks, None
     with ExitStack() as stack:
-        with run.peers.sharing_errors("opening the run folder"):
+        with run.peers.sharing_errors():
             if ranks.is_main:
                 paths = run.paths
                 check_trackers(run.config)

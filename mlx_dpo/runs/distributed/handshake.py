@@ -174,6 +174,8 @@ def add_ranks(
 
 def _notify_of_different_machines(peers: Peers) -> None:
     """Log a notice if the ranks run on different chips or systems, which rounds differently."""
+    if not peers.ranks.is_main:
+        return
     for name in CHANGES_BITS:
         if len(found := sorted({str(facts[name]) for facts in peers.facts})) > 1:
             notify(
@@ -191,7 +193,7 @@ def share_settings(
         kinds: types of errors that end all ranks.
     """
     value = None
-    with peers.sharing_errors("the command line", kinds):
+    with peers.sharing_errors(kinds):
         if peers.ranks.is_main:
             value = resolve()
     return peers.ranks.broadcast_json("settings", value)

@@ -9,6 +9,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from mlx_dpo.distributed.ranks import Ranks, RanksError
 from mlx_dpo.errors import DPOError
 
+AGREEMENT = "agreement"  # name of the operation in which ranks compare values and send errors
+
 
 class SharedError(RanksError):
     """An error that all ranks raise at the same point of a run; rank 0 alone prints it."""
@@ -53,7 +55,7 @@ class Peers:
         Raises:
             SharedError: a value differs; the message has the rank, its host and both values.
         """
-        rows = self.ranks.all_gather_json(", ".join(values), dict(values))
+        rows = self._agree(values)
         for rank, row in enumerate(rows):
             for name, value in row.items():
                 if value != rows[0][name]:
@@ -63,15 +65,13 @@ class Peers:
                     )
 
     @contextmanager
-    def sharing_errors(
-        self, work: str, kinds: tuple[type[Exception], ...] = (DPOError,)
-    ) -> Iterator[None]:
+    def sharing_errors(self, kinds: tuple[type[Exception], ...] = (DPOError,)) -> Iterator[None]:
         """Raise an error on all ranks if one of them raises one in the block.
 
-        Rank 0 raises its own error, or else one that names the first rank with an error.
+        Rank 0 raises its own error, or else one that names the first rank with an error. If the
+        others are still in the block, they get the error where they next compare values.
 
         Args:
-            work: name of what the block does, part of the header that the ranks compare.
             kinds: types of errors that are shared.
 
         Raises:
@@ -80,29 +80,38 @@ class Peers:
         if self.ranks.is_alone:
             yield
             return
-        failure: Exception | None = None
         try:
             yield
-        except SharedError:
-            raise  # all ranks have it
+        except RanksError:  # all ranks have it, or they cannot be reached
+            raise
         except kinds as error:
-            failure = error
-        messages = self._gather_messages(work, failure)
-        if failure is not None:
-            raise self.shared(failure) from failure.__cause__
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise SharedError(message if rank == 0 else f"{self.name(rank)}: {message}")
+            was_sent = self._send(error)
+            raise (self.shared(error) if was_sent else error) from error.__cause__
+        self._agree({})
 
-    def _gather_messages(self, work: str, failure: Exception | None) -> list[str | None]:
+    def _agree(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the values of all ranks. All comparisons and errors meet in this one operation.
+
+        Raises:
+            SharedError: another rank has sent an error instead.
+            RanksError: another rank compares other values.
+        """
+        rows = self.ranks.all_gather_json(AGREEMENT, {"values": dict(values)})
+        for rank, row in enumerate(rows):
+            if (message := row.get("error")) is not None:
+                raise SharedError(message if rank == 0 else f"{self.name(rank)}: {message}")
+        for rank, row in enumerate(rows):
+            if row["values"].keys() != values.keys():
+                raise RanksError(f"{self.name(rank)} compares other values than this rank")
+        return [row["values"] for row in rows]
+
+    def _send(self, error: Exception) -> bool:
+        """Send an error to the other ranks; return whether they were at an agreement."""
         try:
-            return self.ranks.all_gather_json(
-                f"errors of {work}", None if failure is None else str(failure)
-            )
+            self.ranks.all_gather_json(AGREEMENT, {"error": str(error)})
         except RanksError:
-            if failure is None:
-                raise
-            raise failure from None  # others are inside the block and wait for this rank
+            return False
+        return True
 
     def shared(self, error: Exception) -> Exception:
         """Return the error to raise if all ranks have the same `error`, which rank 0 prints."""
@@ -127,7 +136,7 @@ def with_errors_of_all_ranks(
 
     @wraps(method)
     def call(run: Run, /, *args: Arguments.args, **named: Arguments.kwargs) -> Result:
-        with run.peers.sharing_errors(method.__name__):
+        with run.peers.sharing_errors():
             return method(run, *args, **named)
 
     return call

@@ -44,7 +44,7 @@ def save_checkpoint(run: TrainedRun, progress: Progress, log: MetricsLog) -> Non
         RunError: the disk is full or cannot be written.
     """
     check_replicas(run, progress.step)
-    with run.peers.sharing_errors("saving a checkpoint"):
+    with run.peers.sharing_errors():
         if not run.peers.ranks.is_main:
             return
         checkpoint.save(
@@ -91,7 +91,7 @@ def digest(arrays: Arrays) -> str:
 
 def save_best_adapters(run: TrainedRun, row: dict[str, float]) -> None:
     """Record an evaluation; rank 0 saves the adapters if it is the best so far."""
-    with run.peers.sharing_errors("saving the best adapters"):
+    with run.peers.sharing_errors():
         run.best.update(
             row,
             lambda folder: (
@@ -107,7 +107,7 @@ def save_final_adapters(run: TrainedRun) -> tuple[str, str]:
         The SHA-256 of the adapters, and the text that names the programs that can load them; both
         empty on other ranks.
     """
-    with run.peers.sharing_errors("saving the adapters"):
+    with run.peers.sharing_errors():
         if not run.peers.ranks.is_main:
             return "", ""
         run.best.load_into(run.policy)
