@@ -1,7 +1,7 @@
 """Pairs per second of several ranks on this machine, against one rank, in paired runs.
 
     python -m scripts.bench.ranks --pairs FILE                     about eight minutes on two cores
-    python -m scripts.bench.ranks --pairs FILE --before OLD        with an older checkout beside
+    python -m scripts.bench.ranks --pairs FILE --before OLD        with an older checkout, too
     python -m scripts.bench.ranks --rounds 1 --steps 3             a try in a minute
 
 Each run is `mlx-dpo train` in processes of its own, with passes of the same size: one rank with one
