@@ -39,6 +39,8 @@ QUANT_METHODS: dict[str, dict[str, Any]] = {
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 }
 OWN_SIZE_METHODS = ("awq", "gptq")  # the configuration states the sizes
+# mlx-lm builds these with an LM head, and removes it if the checkpoint has no weights for it.
+WITH_REMOVABLE_HEAD = ("gemma3", "gemma3_text", "recurrent_gemma")
 DEFAULT_DTYPE = "float32"  # if a configuration states no dtype
 
 
@@ -73,6 +75,7 @@ def load_empty_model(
         )
     with loading_errors(source, errors=LIBRARY_ERRORS):
         model = build_model(config)
+        remove_tied_head(model, config)
     with loading_errors(source):
         unfit: tuple[str, ...] = ()
         if bits is not None:
@@ -104,6 +107,15 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     with redirect_stdout(io.StringIO()):
         model: nn.Module = kind(arguments.from_dict(config))
     return model
+
+
+def remove_tied_head(model: nn.Module, config: dict[str, Any]) -> None:
+    """Remove an LM head that the checkpoint does not have, as mlx-lm does when it reads weights."""
+    text = config.get("text_config") or config
+    is_tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    if is_tied and config.get("model_type") in WITH_REMOVABLE_HEAD:
+        language_model: Any = getattr(model, "language_model", model)
+        language_model.sanitize({})
 
 
 def _quantization(

@@ -32,7 +32,7 @@ import mlx.nn as nn
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.models.device import cast_model
-from mlx_dpo.models.empty_weights import build_model
+from mlx_dpo.models.empty_weights import build_model, remove_tied_head
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes
 from mlx_dpo.profiling import memory, profile
@@ -64,9 +64,7 @@ def pair_shape(length: int) -> PassShape:
 def empty_model(config: dict[str, Any]) -> nn.Module:
     """Return the model that `config` describes, without an LM head that its checkpoint omits."""
     model = build_model(copy.deepcopy(config))
-    text = getattr(model, "language_model", model)
-    if config["model_type"].startswith("gemma3"):
-        text.sanitize({})  # mlx-lm removes the head when the weights have none
+    remove_tied_head(model, config)
     return model
 
 
