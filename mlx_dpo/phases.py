@@ -39,10 +39,19 @@ class NoDisplay:
         return nullcontext()
 
 
+Watcher = Callable[[str, int], None]  # takes the title of a phase, and the items done in it
+
+
 class _Current:
     """The display in use: one per process, so that phases of worker threads are shown as well."""
 
     display: PhaseDisplay = NoDisplay()
+    watcher: Watcher | None = None
+
+
+def watch(watcher: Watcher) -> None:
+    """Call `watcher` when a phase begins, advances, or ends (with the title "")."""
+    _Current.watcher = watcher
 
 
 @contextmanager
@@ -73,7 +82,24 @@ def phase(
     Returns:
         A context that yields a function; call it with the number of items done since its last call.
     """
-    return _Current.display.show(title, total, unit)
+    shown = _Current.display.show(title, total, unit)
+    return shown if _Current.watcher is None else _watched(shown, title, _Current.watcher)
+
+
+@contextmanager
+def _watched(
+    shown: AbstractContextManager[Advance], title: str, watcher: Watcher
+) -> Iterator[Advance]:
+    """Call the watcher in addition to what shows the phase."""
+
+    def advance(items: int) -> None:
+        watcher(title, items)
+        advance_shown(items)
+
+    watcher(title, 0)
+    with shown as advance_shown:
+        yield advance
+    watcher("", 0)
 
 
 def paused() -> AbstractContextManager[None]:

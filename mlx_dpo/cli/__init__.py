@@ -18,11 +18,15 @@ from mlx_dpo.cli.output import (
     echo,
     escape_messages_of_libraries,
     is_silent,
+    print_error,
     print_traceback,
     print_warning,
+    show_cursor,
     silence,
 )
+from mlx_dpo.distributed import heartbeats
 from mlx_dpo.distributed.environment import find_rank
+from mlx_dpo.distributed.launched import divert_native_output
 from mlx_dpo.errors import ConfigError, DPOError, shows_tracebacks
 from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.io.write_errors import describe_disk_error
@@ -129,8 +133,12 @@ class NoticePrinter(logging.Handler):
     """Print the notices of the library to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a notice as one line."""
-        print_warning(record.getMessage())
+        """Print a notice as one line; an error is the last one before the process ends."""
+        if record.levelno >= logging.ERROR:
+            print_error(escape_line(record.getMessage()))
+            show_cursor()
+        else:
+            print_warning(record.getMessage())
 
 
 class Commands(Group):
@@ -185,7 +193,8 @@ class Commands(Group):
         if not any(isinstance(handler, NoticePrinter) for handler in LOGGER.handlers):
             LOGGER.addHandler(NoticePrinter())
         try:
-            with _limits_explained(), nullcontext() if is_silent() else status_on_stderr():
+            status = nullcontext() if is_silent() else status_on_stderr()
+            with _end_announced(), _limits_explained(), status:
                 return super().invoke(ctx)
         except (DPOError, OSError, ImportError) as error:
             message = user_message(error)
@@ -193,7 +202,7 @@ class Commands(Group):
                 raise
             if shows_tracebacks():
                 print_traceback(type(error), error, error.__traceback__)
-            if is_silent() and isinstance(error, DPOError) and error.is_shared:
+            if is_silent() and _is_shared(error):
                 sys.exit(1)  # rank 0 prints it
             raise click.ClickException(escape_line(message)) from error
         except click.ClickException as error:
@@ -201,6 +210,33 @@ class Commands(Group):
         except KeyboardInterrupt:
             echo("Interrupted", err=True)
             sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _end_announced() -> Iterator[None]:
+    """Let the other ranks of a run know how this one ends, if not by itself."""
+    try:
+        yield
+    except SystemExit as error:
+        heartbeats.leave(error.code if isinstance(error.code, int) else 0)
+        raise
+    except KeyboardInterrupt:
+        heartbeats.leave(INTERRUPTED)
+        raise
+    except (DPOError, OSError, ImportError) as error:
+        if _is_shared(error):
+            heartbeats.leave(1)
+        elif (message := user_message(error)) is not None:
+            heartbeats.report_error(message)
+        raise
+    except click.ClickException as error:
+        heartbeats.report_error(error.format_message(), error.exit_code)
+        raise
+
+
+def _is_shared(error: Exception) -> bool:
+    """Return whether all ranks of a run raise the error."""
+    return isinstance(error, DPOError) and error.is_shared
 
 
 def _check_no_rank(command: str) -> None:
@@ -305,6 +341,7 @@ def program() -> str:
 
 def main() -> None:
     """Run the `mlx-dpo` command line."""
+    divert_native_output()
     escape_messages_of_libraries()
     try:
         if find_rank(os.environ):

@@ -81,6 +81,12 @@ def print_error(message: str) -> None:
         print(f"Error: {escape_controls(message)}", file=sys.stderr)
 
 
+def print_line_of_library(line: str) -> None:
+    """Print a line on stderr that C++ code of a rank has written there."""
+    with paused():
+        print(escape_controls(line), file=sys.stderr)
+
+
 def show_cursor() -> None:
     """Show the cursor of the terminal, which a live display hides until it ends."""
     if sys.stdout.isatty():

@@ -17,6 +17,7 @@ from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
 from mlx_dpo.cli.end_of_run import print_ending
 from mlx_dpo.cli.output import echo, print_warning
+from mlx_dpo.distributed import heartbeats
 from mlx_dpo.reporting.samples import print_samples
 from mlx_dpo.reporting.terminal.console import make_console, print_label_table, print_rule
 from mlx_dpo.reporting.terminal.steps import show_steps
@@ -69,6 +70,7 @@ def run_with_progress(
     with keep_awake(run.config.caffeinate) as awake:
         output = shlex.quote(run.config.output)
         default = f"{program()} train --resume --output {output}"
+        heartbeats.note(command=resume_command or default)
         _run(run, awake, resume_command or default, verbose=verbose)
 
 

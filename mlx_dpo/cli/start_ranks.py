@@ -1,10 +1,11 @@
 """Start the ranks of a run, on this machine or on several hosts."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from mlx_dpo.cli.output import print_error, show_cursor
+from mlx_dpo.cli.output import print_error, print_line_of_library, show_cursor
 from mlx_dpo.cli.ranks_flags import RanksFlags
 from mlx_dpo.distributed.environment import RANK_TIMEOUT, find_rank
 from mlx_dpo.distributed.launch import RankCommand, launch, ring_on_this_machine
@@ -12,7 +13,6 @@ from mlx_dpo.distributed.launched import is_launched, obey_launcher
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.phases import paused
 
-THIS_MACHINE = "this machine"
 # Like the installed program, with the name that it was called by: `cli.program` shows it.
 PROGRAM = "import sys; del sys.argv[0]; from mlx_dpo.cli import main; main()"
 
@@ -58,7 +58,7 @@ def start_ranks(
     argv = (sys.executable, "-P", "-c", PROGRAM, *sys.argv)
     if wanted.hosts is None:
         with ring_on_this_machine(wanted.ranks) as variables:
-            sys.exit(_run([RankCommand(THIS_MACHINE, argv, own) for own in variables]))
+            sys.exit(_run([RankCommand(socket.gethostname(), argv, own) for own in variables]))
     from mlx_dpo.cli.commands_on_hosts import commands_on_hosts  # imports MLX
 
     with commands_on_hosts(wanted, argv, find_inputs(), keeps_awake=keeps_awake) as commands:
@@ -69,6 +69,6 @@ def _run(commands: Sequence[RankCommand]) -> int:
     """Start ranks by their commands; return the exit code of the run."""
     with paused():
         try:
-            return launch(commands, print_error)
+            return launch(commands, print_error, print_line_of_library)
         finally:
             show_cursor()  # a rank that was killed may have hidden it

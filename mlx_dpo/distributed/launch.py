@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from mlx_dpo.distributed.environment import RANK
-from mlx_dpo.distributed.launched import ENDED, LAUNCHED, LOST, STOP
+from mlx_dpo.distributed.launched import ENDED, LAUNCHED, LOST, NATIVE_OUTPUT, STOP, describe_end
 from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.startup.jit_cache import user_environment
 
@@ -30,6 +30,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = tuple(128 + number for number in STOP_SIGNALS)  # exit codes of a run that was stopped
 TAIL_LINES = 40  # of a rank's output that are kept
 LOOPBACK = "127.0.0.1"
+READ_SECONDS = 1.0  # that the output of a rank may take to arrive after its end
+ERROR = "Error: "  # with which the command line prints the last line of a rank
+RING_NOISE = b"[ring] "  # of MLX, about each operation that waits for a lost rank
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 
 
@@ -48,7 +51,11 @@ class RankCommand:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def launch(commands: Sequence[RankCommand], report: Callable[[str], None]) -> int:
+def launch(
+    commands: Sequence[RankCommand],
+    report: Callable[[str], None],
+    show: Callable[[str], None] = lambda line: None,
+) -> int:
     """Start a rank per command and wait until all have ended; return the exit code of the run.
 
     Rank 0 writes to stdout and stderr of this process. Of the other ranks the last lines are kept,
@@ -60,6 +67,7 @@ def launch(commands: Sequence[RankCommand], report: Callable[[str], None]) -> in
     Args:
         commands: the ranks in their order.
         report: prints an error message of one or several lines.
+        show: prints a line that C++ code of rank 0 has written to standard error.
 
     Returns:
         0 if all ranks returned 0; otherwise the exit code of the rank that failed first, or 128
@@ -69,31 +77,43 @@ def launch(commands: Sequence[RankCommand], report: Callable[[str], None]) -> in
     Raises:
         DPOError: a rank cannot be started.
     """
-    with _Launch(commands, report) as running:
+    with _Launch(commands, report, show) as running:
         return running.wait()
 
 
 class _Rank:
     """A rank that runs as a child of this process."""
 
-    def __init__(self, number: int, command: RankCommand, events: SimpleQueue[Any]) -> None:
+    def __init__(
+        self,
+        number: int,
+        command: RankCommand,
+        events: SimpleQueue[Any],
+        show: Callable[[str], None],
+    ) -> None:
         self.number, self.host = number, command.host
         self.status: int | None = None  # as of `subprocess`: minus the number of a signal
         self.was_ended = False  # by a signal of this launcher
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        output = None if number == 0 else subprocess.PIPE
+        self._take_line = show if number == 0 else self.tail.append
+        reader, writer = os.pipe()
+        native = {NATIVE_OUTPUT: str(writer)} if number == 0 else {}
         try:
             self._process = subprocess.Popen(
-                command.argv, stdin=subprocess.PIPE, stdout=output,
-                stderr=None if output is None else subprocess.STDOUT, start_new_session=True,
-                env=user_environment() | {LAUNCHED: "1"} | dict(command.environment),
+                command.argv, stdin=subprocess.PIPE, stdout=writer if number else None,
+                stderr=writer if number else None, pass_fds=() if number else (writer,),
+                env=user_environment() | {LAUNCHED: "1"} | native | dict(command.environment),
+                start_new_session=True,
             )  # fmt: skip
         except OSError as error:
+            os.close(reader)
             raise DPOError(
                 f"rank {number} ({self.host}): `{command.argv[0]}` cannot be started "
                 f"({reason(error)})"
             ) from error
-        self._watcher = threading.Thread(target=self._watch, args=(events,), daemon=True)
+        finally:
+            os.close(writer)
+        self._watcher = threading.Thread(target=self._watch, args=(events, reader), daemon=True)
         self._watcher.start()
 
     @property
@@ -101,23 +121,33 @@ class _Rank:
         """The rank and its host, for messages."""
         return f"rank {self.number} ({self.host})"
 
-    def _watch(self, events: SimpleQueue[Any]) -> None:
-        """Keep the output and report the end."""
-        reader = None
-        if self._process.stdout is not None:
-            # A thread of its own: a child of the rank may hold the pipe open after its end.
-            reader = threading.Thread(target=self._read, daemon=True)
-            reader.start()
+    @property
+    def is_lost(self) -> bool:
+        """Whether the rank ended because another one was lost."""
+        return self.status == LOST
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether its output shows an error of the program, not of the user."""
+        assert self.status is not None
+        was_killed = -self.status in (signal.SIGKILL, *STOP_SIGNALS)
+        has_trace = not self.is_lost and any("Traceback" in line for line in self.tail)
+        return has_trace or (self.status < 0 and not was_killed)
+
+    def _watch(self, events: SimpleQueue[Any], output: int) -> None:
+        """Read the output and report the end."""
+        # A thread of its own: a child of the rank may hold the pipe open after its end.
+        reader = threading.Thread(target=self._read, args=(output,), daemon=True)
+        reader.start()
         status = self._process.wait()
-        if reader is not None:
-            reader.join(1.0)
+        reader.join(READ_SECONDS)
         events.put((self, status))
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as output:
-            for line in output:
-                self.tail.append(line.decode(errors="replace").rstrip())
+    def _read(self, output: int) -> None:
+        with open(output, "rb") as lines:
+            for line in lines:
+                if not line.startswith(RING_NOISE):
+                    self._take_line(line.decode(errors="replace").rstrip())
 
     def send(self, line: str) -> None:
         """Write a line to standard input of the rank, which may have ended."""
@@ -146,8 +176,13 @@ class _Rank:
 class _Launch:
     """The ranks of one run."""
 
-    def __init__(self, commands: Sequence[RankCommand], report: Callable[[str], None]) -> None:
-        self._commands, self._report = commands, report
+    def __init__(
+        self,
+        commands: Sequence[RankCommand],
+        report: Callable[[str], None],
+        show: Callable[[str], None],
+    ) -> None:
+        self._commands, self._report, self._show = commands, report, show
         self._events: SimpleQueue[Any] = SimpleQueue()  # (rank, status), or the number of a signal
         self._ranks: list[_Rank] = []
         self._failed: list[_Rank] = []  # in the order in which they ended
@@ -163,7 +198,7 @@ class _Launch:
                     handler = signal.signal(wanted, lambda got, frame: self._events.put(got))
                     self._cleanup.callback(signal.signal, wanted, handler)
             for number, command in enumerate(self._commands):
-                self._ranks.append(_Rank(number, command, self._events))
+                self._ranks.append(_Rank(number, command, self._events, self._show))
                 self._cleanup.callback(self._ranks[-1].close)
         except BaseException:
             self._cleanup.close()
@@ -226,10 +261,12 @@ class _Launch:
 
     def _exit_code(self) -> int:
         by_themselves = [rank for rank in self._failed if not rank.was_ended]
-        own = [rank for rank in by_themselves if rank.status != LOST]
+        own = [rank for rank in by_themselves if not rank.is_lost]
         for rank in [*own, *by_themselves, *self._failed, *self._ranks]:
             if rank.status:
-                return rank.status if rank.status > 0 else 128 - rank.status
+                # A rank that could not connect ends by SIGALRM, see `connect.py`.
+                status = LOST if rank.status == -signal.SIGALRM else rank.status
+                return status if status > 0 else 128 - status
         return 0
 
     def _report_failure(self) -> None:
@@ -239,26 +276,20 @@ class _Launch:
         assert main.status is not None
         has_reported = main.status > 0 and not main.was_ended
         for rank in self._failed:
-            crashed = rank.status != LOST and any("Traceback" in line for line in rank.tail)
-            if rank.tail and not rank.was_ended and rank.number > 0:
-                if rank.status == LOST and not has_reported:
-                    self._report(rank.tail[-1].removeprefix("Error: "))
-                    has_reported = True
-                elif crashed or (rank.status or 0) < 0 or not has_reported:
-                    self._report("\n".join(f"{rank.name}: {line}" for line in rank.tail))
+            if rank.number == 0 or rank.was_ended:
+                continue
+            # The line of the ranks that ended because rank 0 was lost.
+            last = [line for line in rank.tail if line.startswith(ERROR)] if rank.is_lost else []
+            if last and not has_reported:
+                self._report(last[-1].removeprefix(ERROR))
+                has_reported = True
+            elif rank.tail and (rank.has_crashed or not (has_reported or rank.is_lost)):
+                self._report("\n".join(f"{rank.name}: {line}" for line in rank.tail))
         if not has_reported:
-            self._report(f"{first.name} {describe_end(first.status)}; resume with --resume")
-
-
-def describe_end(status: int | None) -> str:
-    """Return in words how a process ended, by its status as of `subprocess`."""
-    if status is None:
-        return "ended"
-    if status >= 0:
-        return f"ended (exit code {status})"
-    with suppress(ValueError):
-        return f"was killed by {signal.Signals(-status).name}"
-    return f"was killed by signal {-status}"
+            event = describe_end(first.status)
+            if first.status == -signal.SIGALRM:
+                event = "could not connect to the other ranks within --rank-timeout"
+            self._report(f"{first.name} {event}; resume with --resume")
 
 
 @contextmanager

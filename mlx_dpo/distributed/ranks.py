@@ -90,6 +90,11 @@ class Ranks:
         """Whether there is no other rank."""
         return self.size == 1
 
+    @property
+    def operations(self) -> int:
+        """Number of collective operations that this rank has begun."""
+        return self._operations
+
     def watch(
         self, on_progress: Callable[[], None], explain_loss: Callable[[str], RanksError]
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.other_trainers import check_trainer_arguments
+from mlx_dpo.distributed import heartbeats
 from mlx_dpo.distributed.connect import connect
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
@@ -334,10 +335,10 @@ class DPOTrainer:
                     yield self._evaluate_and_log()
                     if self.best.should_stop:
                         break
-                self.stop_requested = self.ranks.any("stop", self.stop_requested)
-                if self._is_due(self.config.save_steps) or self.stop_requested:
+                stops = self.ranks.any("stop", self.stop_requested)
+                if self._is_due(self.config.save_steps) or stops:
                     self._save_checkpoint()
-                if self.stop_requested and self._progress.step < self.total_steps:
+                if stops and self._progress.step < self.total_steps:
                     self.stopped = True
                     return
         except TrainingError as error:  # on all ranks, as it was found in gathered values
@@ -364,6 +365,7 @@ class DPOTrainer:
         for seconds, (progress, metrics) in timed(steps):
             tokens = progress.num_tokens - self._progress.num_tokens
             self._progress = progress
+            heartbeats.note(step=progress.step)
             speed = {
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_gb": peak_memory() / 1e9,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dpo.distributed.launch import RankCommand, describe_end, launch, ring_on_this_machine
+from mlx_dpo.distributed.launch import RankCommand, launch, ring_on_this_machine
+from mlx_dpo.distributed.launched import describe_end
 from mlx_dpo.errors import DPOError
 
 ROOT = Path(__file__).parents[2]

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.distributed import heartbeats
 from mlx_dpo.distributed.ranks import Ranks
 from mlx_dpo.runs.distributed.peers import Peers
 from mlx_dpo.runs.early_stopping import BestCheckpoint
@@ -91,6 +92,7 @@ def find_checkpoint(ranks: Ranks, paths: RunPaths, best: BestCheckpoint) -> Path
     last = None
     if ranks.is_main:
         last = checkpoint.latest_undamaged(paths.checkpoints, best.check_resumable)
+        heartbeats.note(checkpoint=None if last is None else str(last))
     send_file(ranks, paths.metrics)
     return send_folder(ranks, last, paths.checkpoints)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.distributed import heartbeats
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics
 from mlx_dpo.runs.distributed.peers import Peers
@@ -47,7 +48,7 @@ def save_checkpoint(run: TrainedRun, progress: Progress, log: MetricsLog) -> Non
     with run.peers.sharing_errors():
         if not run.peers.ranks.is_main:
             return
-        checkpoint.save(
+        saved = checkpoint.save(
             run.paths.checkpoints,
             run.policy,
             run.optimizer,
@@ -56,6 +57,7 @@ def save_checkpoint(run: TrainedRun, progress: Progress, log: MetricsLog) -> Non
             run.synced_reference,
             log.flush(),
         )
+        heartbeats.note(checkpoint=str(saved))
         checkpoint.prune(run.paths.checkpoints, run.config.save_total_limit)
         run.best.prune(read_metrics(run.paths.metrics))
 
