@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers import distributed
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.adapters import master_weights
@@ -34,6 +35,15 @@ from mlx_dpo.adapters.targets import (
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.io.checksums import read_checked_arrays
+from mlx_dpo.models.sharded.shard_model import find_shards
+
+# MLX's layers of which each process computes a part of the outputs, or of the sum.
+TENSOR_PARALLEL_TYPES = (
+    distributed.AllToShardedLinear,
+    distributed.ShardedToAllLinear,
+    distributed.QuantizedAllToShardedLinear,
+    distributed.QuantizedShardedToAllLinear,
+)
 
 FineTuneType = Literal["lora", "dora", "full"]
 
@@ -94,6 +104,29 @@ def attach_adapters_at(
         for path in paths
     ]
     model.update_modules(tree_unflatten(adapted))
+    _init_magnitudes_of_sharded_blocks(model)
+
+
+def _init_magnitudes_of_sharded_blocks(model: nn.Module) -> None:
+    """Set DoRA's magnitudes in blocks whose weights were not there when the layers were made.
+
+    All ranks that hold parts of the model must do so.
+    """
+    if (shards := find_shards(model)) is None:
+        return
+    for block, shard in zip(shards.blocks, shards.shards, strict=True):
+        layers = [module for module in block.modules() if isinstance(module, DORA_TYPES)]
+        if not layers:
+            continue
+        with shard.unsharded():
+            for layer in layers:
+                layer.init_magnitude()
+            mx.eval(
+                [
+                    [value for value in layer.values() if isinstance(value, mx.array)]
+                    for layer in layers
+                ]
+            )
 
 
 def enable_full_fine_tuning(
@@ -123,11 +156,21 @@ def unfreeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
         ModelError: the model has adapters already, or a parameter is quantized.
     """
     _check_no_adapters(model)
+    if find_shards(model) is not None:
+        raise ModelError(
+            "fine_tune_type `full`: the weights are sharded (`shard_base`), which only frozen "
+            "weights can be; use `lora` or `dora`"
+        )
     model.freeze()
     master_weights.unfreeze_with_master_weights(model, names)
 
 
 def _check_no_adapters(model: nn.Module) -> None:
+    if names := [n for n, m in model.named_modules() if isinstance(m, TENSOR_PARALLEL_TYPES)]:
+        raise ModelError(
+            f"`{names[0]}` is divided among processes by tensor parallelism (`model.shard`), in "
+            "which an adapter would silently compute wrong numbers; load the model without it"
+        )
     if adapted_layers(model) or master_weights.has_master_weights(model):
         raise ModelError("the model already has adapters; load the model again to attach others")
 

@@ -117,6 +117,17 @@ class DPOConfig(  # fields come in the order of the bases, last one first
                 "rows of a step with each other; got 1"
             )
         self._check_ranked_data()
+        if self.shard_base and self.fine_tune_type == "full":
+            raise ConfigError(
+                "`shard_base` shards frozen weights, but fine_tune_type `full` trains them; use "
+                "`lora` or `dora`"
+            )
+        if self.shard_base and (self.recompute is False or self.samples):
+            name = "`recompute` false" if self.recompute is False else "`samples`"
+            raise ConfigError(
+                f"{name} is not possible with `shard_base`, which gathers the weights of a block "
+                "each time that it runs; leave it out"
+            )
         if self.sync_ref_model and self.metric_for_best_model is not None:
             raise ConfigError(
                 "`metric_for_best_model` compares evaluations, but `sync_ref_model` changes the "

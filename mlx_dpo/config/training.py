@@ -98,6 +98,15 @@ class TrainingSettings:
         TRAINING,
         default_text="only if memory requires it",
     )
+    shard_base: bool | None = setting(
+        None,
+        "With several ranks: each holds a part of the frozen weights, and gathers them block by "
+        "block; for models larger than one machine. Implies `recompute`.",
+        bool,
+        TRAINING,
+        changes_result=False,
+        default_text="only if the model does not fit on one rank",
+    )
     seed: int = setting(
         42,
         "Random seed of order, adapters, dropout and held-out pairs.",

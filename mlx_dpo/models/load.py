@@ -1,6 +1,6 @@
 """Load a base model and its tokenizer with mlx-lm, checking files first and explaining errors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from mlx_lm import utils as mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from mlx_dpo.distributed.ranks import Ranks
 from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.io.atomic import is_temporary
 from mlx_dpo.models.device import cast_model, is_cpu, prepare_for_cpu
@@ -27,7 +28,9 @@ from mlx_dpo.models.files import (
 )
 from mlx_dpo.models.quantize import quantize_model
 from mlx_dpo.models.rope import rope_notes, rope_overrides
+from mlx_dpo.models.sharded.shard_model import shard_model
 from mlx_dpo.phases import phase
+from mlx_dpo.units import format_bytes
 
 # Errors of mlx-lm and MLX for invalid files: wrong tensors, values, keys or bytes.
 LOADING_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
@@ -53,6 +56,10 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 NO_LENGTH_LIMIT = 10**9
 
 
+# Takes a model with lazy weights; returns the ranks to shard it over, or None to load it whole.
+ChooseRanks = Callable[[nn.Module], Ranks | None]
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A frozen model in evaluation mode, in the dtype that suits the device, and its tokenizer."""
@@ -75,11 +82,15 @@ def load_model(
     group_size: int | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    shard_over: ChooseRanks = lambda model: None,
 ) -> LoadedModel:
     """Load a model and its tokenizer; `source` is the model's folder or Hub id.
 
     `bits` quantizes the weights, `dtype` casts them. On the CPU backend, all weights are then
     dequantized and cast to `dtype`, by default float32. The model is frozen and in evaluation mode.
+
+    Args:
+        shard_over: chooses ranks, each of which then holds a part of the weights of the blocks.
 
     Raises:
         ModelError: the model cannot be found or read, or its files contradict each other.
@@ -97,6 +108,7 @@ def load_model(
             group_size=group_size,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            shard_over=shard_over,
         )
 
 
@@ -108,13 +120,13 @@ def _load_from_folder(
     group_size: int | None,
     dtype: str | None,
     trust_remote_code: bool,
+    shard_over: ChooseRanks,
 ) -> LoadedModel:
     """Load the model in the folder `path` as `load_model` says."""
     entries = check_model_folder(path, source, trust_remote_code=trust_remote_code)
     notes = (*rope_notes(entries, source), *tokenizer_notes(path))
     tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
     model, config = load_lazy_model(path, source, trust_remote_code=trust_remote_code)
-    storage_notes: tuple[str, ...] = ()
     with loading_errors(source):
         if dtype is not None:
             cast_model(model, getattr(mx, dtype))
@@ -122,13 +134,39 @@ def _load_from_folder(
         if bits is not None:
             config, quantization_notes = quantize_model(model, config, bits, group_size)
             notes += (f"weights quantized to {bits} bits, as asked", *quantization_notes)
-        if is_cpu():
-            storage_notes = prepare_for_cpu(model, getattr(mx, dtype or "float32"))
+        storage_notes = _store_weights(model, getattr(mx, dtype or "float32"), shard_over(model))
         mx.eval(model.parameters())
     model.freeze()
     model.eval()
     vocab_size = embedding_size(model, config)
     return LoadedModel(model, tokenizer, config, path, source, vocab_size, notes, storage_notes)
+
+
+def _store_weights(model: nn.Module, cpu_dtype: mx.Dtype, ranks: Ranks | None) -> tuple[str, ...]:
+    """Bring the lazy weights into the form in which this device and this rank hold them.
+
+    Args:
+        cpu_dtype: dtype on the CPU backend.
+        ranks: ranks to shard the model over; None holds it whole.
+
+    Returns:
+        Notes for the user.
+    """
+    notes: list[str] = []
+
+    def prepare(part: nn.Module) -> None:
+        if is_cpu():
+            notes.extend(prepare_for_cpu(part, cpu_dtype))
+
+    if ranks is None:
+        prepare(model)
+        return tuple(notes)
+    shards = shard_model(model, ranks, prepare)
+    prepare(model)
+    held, total = shards.held_bytes, shards.held_bytes + shards.absent_bytes
+    text = f"each of {ranks.size} ranks holds {format_bytes(held)} of {format_bytes(total)}"
+    notes.append(f"{text} of the weights of the blocks, which are gathered block by block")
+    return tuple(dict.fromkeys(notes))
 
 
 def load_lazy_model(

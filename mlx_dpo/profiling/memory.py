@@ -9,6 +9,7 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_dpo.adapters.master_weights import has_master_weights
 from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.models.sharded.shard_model import find_shards
 from mlx_dpo.types import TokenizedPair
 
 # Copies of the trained weights in memory, besides the optimizer's state. In a pass: the weights
@@ -24,8 +25,10 @@ MAX_EXPERTS_PER_TOKEN = 8
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Return the memory of all parameters of the model, in bytes."""
-    return sum(value.nbytes for value in named_arrays(model.parameters()).values())
+    """Return the memory of all parameters of the model that this process holds, in bytes."""
+    shards = find_shards(model)
+    absent = 0 if shards is None else shards.absent_bytes
+    return sum(value.nbytes for value in named_arrays(model.parameters()).values()) - absent
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -98,6 +101,8 @@ def step_peak_upper_bound(
     scores = SAVED_SCORE_ARRAYS * heads * width * len(model.layers)
     per_token = SAVED_PER_LINEAR * linear + scores + LOGIT_ARRAYS * vocab_size
     activations = int(rows * width * per_token * mx.float32.size)
+    if (shards := find_shards(model)) is not None:
+        activations += shards.gathered_bytes
     return step_peak_bytes(model, activations + 2 * trainable_bytes(model), optimizer_bytes)
 
 

@@ -34,8 +34,10 @@ from mlx_dpo.runs.build import (
     with_recorded_scorer,
 )
 from mlx_dpo.runs.distributed.peers import Peers
+from mlx_dpo.runs.distributed.shard_base import check_same_scorer, compare_with_whole
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.select_scorer import ScorerChoice
+from mlx_dpo.scoring.sharded.gathered_blocks import is_sharded, measuring
 from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import TokenizedPair
@@ -126,7 +128,11 @@ def choose_passes(
         ConfigError: no micro-batch size that the settings allow fits into memory.
         SharedError: the ranks have chosen different scorers.
     """
+    compare_with_whole(inputs.base, peers)
+    if is_sharded(inputs.base.model):
+        config = replace(config, recompute=True)
     choice = _choose_shared_scorer(inputs, config, earlier, peers)
+    check_same_scorer(inputs.base, choice.name, earlier)
     config = with_recorded_scorer(config, choice, earlier)
     room = available_memory().shared_by(peers.on_this_host)
     fitted = _choose_micro_batch_size(inputs, config, choice, earlier, room)
@@ -221,9 +227,10 @@ def profile_micro_batch(
         accumulates=_takes_several_passes(config, choice, pairs),
         recompute=bool(config.recompute),
     )
-    return profile_training_pass(
-        base.model, pairs, step, memory=available_memory().bytes, repeats=repeats
-    )
+    with measuring(base.model):
+        return profile_training_pass(
+            base.model, pairs, step, memory=available_memory().bytes, repeats=repeats
+        )
 
 
 def _takes_several_passes(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> bool:

@@ -40,6 +40,7 @@ from mlx_dpo.scoring.select_scorer import (
     default_packings,
     select_scorer,
 )
+from mlx_dpo.scoring.sharded.gathered_blocks import is_sharded
 from mlx_dpo.training.monitor.recorded_samples import RecordedSampler
 from mlx_dpo.training.monitor.samples import AnswerSampler
 from mlx_dpo.training.objective import Objective
@@ -298,6 +299,8 @@ def make_answer_sampler(
 ) -> RecordedSampler | None:
     """Create the sampler of answers to held-out prompts; None if there are none to sample.
 
+    A sharded model is not sampled.
+
     Args:
         paths: the files of the run; its samples file records the answers.
         step: number of optimizer steps that were taken before a resume.
@@ -306,6 +309,8 @@ def make_answer_sampler(
         DamagedFileError: the samples file is damaged.
     """
     base = inputs.base
+    if is_sharded(base.model):  # each token would gather all weights
+        return None
     sampler = AnswerSampler.for_pairs(
         inputs.valid,
         config.sample_count,

@@ -25,7 +25,7 @@ from mlx_dpo.io.notices import notify_once
 from mlx_dpo.losses.metrics import EVAL_PREFIX, to_public_names
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
-from mlx_dpo.models.load import LoadedModel, load_model
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.phases import Advance, phase
 from mlx_dpo.runs.build import (
     choose_scorer,
@@ -36,6 +36,7 @@ from mlx_dpo.runs.build import (
 )
 from mlx_dpo.runs.distributed.handshake import check_inputs
 from mlx_dpo.runs.distributed.peers import Peers
+from mlx_dpo.runs.distributed.shard_base import compare_with_whole, model_loader
 from mlx_dpo.runs.folder import RunPaths, reference_provenance
 from mlx_dpo.runs.inputs import (
     NO_DATASETS,
@@ -247,13 +248,14 @@ def reference_phase(
 Splits = dict[str, Sequence[TokenizedPair]]
 
 
-def load_reference_model(config: DPOConfig) -> LoadedModel:
+def load_reference_model(config: DPOConfig, peers: Peers | None = None) -> LoadedModel:
     """Load the model that the setting `reference_model` names.
 
-    The model is not quantized, because the setting `bits` applies to the policy only.
+    The model is not quantized, because the setting `bits` applies to the policy only. It is sharded
+    over the ranks as the policy is.
     """
     assert config.reference_model is not None
-    return load_model(
+    return model_loader(config, peers)(
         config.reference_model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
 
@@ -290,7 +292,7 @@ def compute_reference_model_logps(
     config = with_max_length(config, inputs.base)
     if not resumed:
         config, _ = with_grouping(config, inputs.train)
-    other, tokenizer = load_reference_model(config), inputs.base.tokenizer
+    other, tokenizer = load_reference_model(config, peers), inputs.base.tokenizer
     return compute_logps_of_splits(config, other, tokenizer, inputs.splits, peers)
 
 
@@ -314,6 +316,7 @@ def compute_logps_of_splits(
     check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
+    compare_with_whole(other, peers)
     choice = choose_scorer(other, config)
     if peers is not None:
         digests = {split: digest_of_split(config, pairs) for split, pairs in splits.items()}

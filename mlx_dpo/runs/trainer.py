@@ -42,6 +42,7 @@ from mlx_dpo.runs.distributed.handshake import (
 )
 from mlx_dpo.runs.distributed.peers import with_errors_of_all_ranks
 from mlx_dpo.runs.distributed.saving import save_best_adapters, save_checkpoint, save_final_adapters
+from mlx_dpo.runs.distributed.shard_base import base_loader
 from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import (
     RunPaths,
@@ -197,7 +198,8 @@ class DPOTrainer:
                 peers=self.peers,
             )
             start |= {"reference_model": digest}
-        self.inputs: Inputs = load_inputs(self.config, datasets=self.datasets, day=day)
+        load = base_loader(self.config, self.peers, self.earlier)
+        self.inputs: Inputs = load_inputs(self.config, read=load, datasets=self.datasets, day=day)
         self.config = with_max_length(self.config, self.inputs.base)
         reason = ""
         if self.earlier is None:  # a resumed run keeps the order that it began with

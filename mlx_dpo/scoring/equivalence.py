@@ -122,7 +122,7 @@ def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction
 
     Both functions take the model, and run in training mode with dropout disabled.
     """
-    with mode_without_dropout(model, training=True), _perturbed_parameters(model):
+    with mode_without_dropout(model, training=True), perturbed_parameters(model):
         expected_values, expected_gradients = _values_and_gradients(model, expected)
         values, gradients = _values_and_gradients(model, tested)
         return RelativeErrors(
@@ -182,7 +182,7 @@ def _norm(value: mx.array) -> float:
 
 
 @contextmanager
-def _perturbed_parameters(model: nn.Module) -> Iterator[None]:
+def perturbed_parameters(model: nn.Module) -> Iterator[None]:
     """Set trainable parameters that are all zero to random values inside the block.
 
     LoRA initializes its matrix B with zeros. The gradient of its matrix A is then zero, and errors

@@ -57,6 +57,7 @@ from mlx_dpo.scoring.scorers import (
     plain_log_weights,
     plain_scorer,
 )
+from mlx_dpo.scoring.sharded.gathered_blocks import is_sharded
 from mlx_dpo.scoring.shared_prefix import completion_hidden_states
 from mlx_dpo.types import TokenizedPair
 
@@ -147,6 +148,10 @@ def _select(
         return _plain_choice(plain, "as requested")
     failures: dict[Packing, str] = {}
     for packing in packings or default_packings(requested):
+        if is_sharded(model) and packing not in PACKED_LAYOUTS:
+            # All ranks must gather the weights of the blocks equally often.
+            failures[packing] = "its passes run the blocks more or less often, by the pairs"
+            continue
         try:
             choice = _shared_choice(model, vocab_size, packing, plain, ld_alpha)
         except _NotEquivalentError as error:

@@ -16,8 +16,8 @@ from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.load import load_model
-from mlx_dpo.runs import reference as other_reference
 from mlx_dpo.runs import reference as references
+from mlx_dpo.runs.distributed import shard_base
 from mlx_dpo.scoring.score_pairs import score_pairs
 from tests.checkpoints import make_checkpoint
 from tests.runs.train_helper import train, weights
@@ -62,9 +62,9 @@ def test_the_reference_is_loaded_once_and_freed_before_the_policy_is_loaded(
         loaded_sources.append(source)
         return load_model(source, **how)
 
-    monkeypatch.setattr(other_reference, "load_model", watched)
+    monkeypatch.setattr(shard_base, "load_model", watched)
     _, rows = train(against_other, stop_after=2)
-    assert loaded_sources == [against_other.reference_model]
+    assert loaded_sources == [against_other.reference_model, against_other.model]
     _, more = train(against_other, resume=True)
     straight = replace(against_other, output=against_other.output + "-2")
     _, expected = train(straight)

@@ -5,7 +5,6 @@ it runs (`scoring/sharded`).
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -60,7 +59,6 @@ class ModelShards:
             setattr(block, ATTRIBUTE, BlockShard(f"block {number}", block, self.ranks))
             mx.clear_cache()
         self._exchange_layouts()
-        self.ranks.in_lockstep = True
 
     def _exchange_layouts(self) -> None:
         """Take over the memory layouts of arrays that only other ranks have read."""
@@ -88,18 +86,6 @@ class ModelShards:
     def gathered_bytes(self) -> int:
         """Size of the largest block, which is in memory while it runs."""
         return max((shard.nbytes for shard in self.shards), default=0)
-
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Run blocks without the other ranks inside the `with` block.
-
-        Memory is that of a real pass. The weights are wrong, so that the results are to be ignored.
-        """
-        self.is_measuring = True
-        try:
-            yield
-        finally:
-            self.is_measuring = False
 
 
 def find_shards(model: nn.Module) -> ModelShards | None:

@@ -32,8 +32,28 @@ def use_gathered_weights(model: nn.Module) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether blocks of the model gather their weights when they are called."""
-    layers = getattr(model, "layers", ())
-    return any(hasattr(type(layer), "_gathers_weights") for layer in layers)
+    return any(map(gathers_weights, getattr(model, "layers", ())))
+
+
+def gathers_weights(block: nn.Module) -> bool:
+    """Return whether a block gathers its weights when it is called."""
+    return hasattr(type(block), "_gathers_weights")
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Run blocks of a sharded model without the other ranks inside the `with` block.
+
+    Memory is that of a real pass. The weights are wrong, so that the results are to be ignored.
+    """
+    if (shards := find_shards(model)) is None:
+        yield
+        return
+    shards.is_measuring = True
+    try:
+        yield
+    finally:
+        shards.is_measuring = False
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from mlx_dpo.scoring.kernels.gradient_checkpointing import (
 from mlx_dpo.scoring.sharded.gathered_blocks import (
     Tape,
     fresh,
+    gathers_weights,
     is_sharded,
     run_gathered,
     unsharded,
@@ -173,7 +174,8 @@ class _BlockwiseGradient:
         self._start = mx.array(random_state())
         parameters = named_arrays(model.trainable_parameters())
         self._names = {id(array): name for name, array in parameters.items()}
-        blocks = [named_arrays(block.trainable_parameters()) for block in shards.blocks]
+        gathering = [block for block in shards.blocks if gathers_weights(block)]
+        blocks = [named_arrays(block.trainable_parameters()) for block in gathering]
         inside = {id(array) for block in blocks for array in block.values()}
         self._outside = {k: v for k, v in parameters.items() if id(v) not in inside}
         self._calls: list[_RecordedCall] = []
