@@ -1,5 +1,6 @@
 """Iterative (on-policy) DPO: each round samples pairs from the last policy and trains on them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -39,6 +40,7 @@ from mlx_dpo.collect.session import TaskSampler
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.model import LoRASettings
 from mlx_dpo.data.prompts import Prompt
+from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_judge, open_judge
 from mlx_dpo.evaluation.rewards import Judge, RewardFunction
@@ -78,6 +80,8 @@ class IterativeDPO:
     def __init__(
         self, config: DPOConfig, settings: IterativeSettings, *, resume: bool = False
     ) -> None:
+        if find_rank(os.environ) is not None:
+            raise ConfigError("iterative DPO runs in one process; start it without the launcher")
         check_judge(settings.reward, settings.judge, settings.rubric)
         if settings.reward is None and settings.judge is None:
             raise ConfigError("missing judge: pass --reward or --judge")

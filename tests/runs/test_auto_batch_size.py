@@ -10,6 +10,7 @@ import pytest
 
 from mlx_dpo import DPOTrainer
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.distributed.ranks import Ranks
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs import auto_batch_size
@@ -275,3 +276,33 @@ def test_a_step_of_several_passes_holds_gradients_in_between(deep, changes, expe
     config = replace(config, **changes)
     profile_micro_batch(base, config, choice, longest_micro_batch(config, choice, pairs))
     assert held == [expected]
+
+
+class Narrow(Ranks):
+    """Rank 0 of two, of which the other has too little memory for the first `refusals` tries."""
+
+    def __init__(self, refusals):
+        super().__init__()
+        self.size, self.refusals = 2, refusals
+
+    def any(self, name, flag):
+        assert name == "memory"
+        self.refusals -= 1
+        return flag or self.refusals >= 0
+
+
+@pytest.mark.parametrize(("refusals", "size"), [(0, 2), (1, 2), (2, 1)])
+def test_the_rank_with_the_least_memory_decides(deep, refusals, size):
+    """With plenty here, the bound and then the first size do not fit on the other rank."""
+    base, config, choice, pairs = deep
+    room = MemoryBudget(UNLIMITED.bytes, "")
+    choice = replace(choice, ranks=Narrow(refusals))
+    fit = fit_micro_batch_size(base, config, choice, pairs, room=room, measure=False)
+    assert fit.config.micro_batch_size == size
+    assert fit.passes_at_once == 1
+
+
+def test_ranks_on_one_machine_share_its_memory():
+    room = MemoryBudget(900, "MLX's limit")
+    assert room.shared_by(1) == room
+    assert room.shared_by(3) == MemoryBudget(300, "MLX's limit, shared by 3 ranks")
