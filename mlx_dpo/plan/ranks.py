@@ -1,15 +1,17 @@
 """Memory, traffic and speed of a run on several ranks, each on a machine of its own."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
 
 from mlx_dpo.adapters.targets import block_paths
+from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.distributed import costs
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.profiling import memory
+from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import MicroBatchFit
 from mlx_dpo.units import format_bytes
 
@@ -39,7 +41,6 @@ class RanksEstimate:
     fits: bool
     memory: int  # of each rank in bytes, in the way that `shard_base` says
     memory_whole: int  # with all frozen weights on each rank
-    memory_sharded: int
     passes: float  # per step
     rounds: float  # per step
     idle: float  # share of the turns in which a rank has no pass
@@ -51,6 +52,21 @@ class RanksEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as values for JSON, in bytes and seconds."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class RanksFit:
+    """The passes of a run on several ranks, and the memory of a rank without what ranks exchange.
+
+    Attributes:
+        fitted: settings and memory, of which `absent` is taken off.
+        whole_bytes: memory of a rank that holds all frozen weights, with what ranks exchange.
+        absent: bytes of frozen weights that a rank does not hold; 0 if it holds all.
+    """
+
+    fitted: MicroBatchFit
+    whole_bytes: int
+    absent: int
 
 
 @dataclass(frozen=True)
@@ -76,11 +92,48 @@ class FrozenWeights:
         ]
         return cls(sum(blocks), sum(sizes.values()) - sum(blocks), max(blocks))
 
+    def absent_from(self, ranks: int) -> int:
+        """Return the bytes that a rank does not hold, while it holds a whole block."""
+        held = costs.held_weight_bytes(ranks, self.shared, self.whole, self.largest_block)
+        return max(0, self.shared + self.whole - held)
+
+
+def fit_ranks(
+    ranks: int,
+    model: nn.Module,
+    config: DPOConfig,
+    fit: Callable[[DPOConfig, MemoryBudget], MicroBatchFit],
+    room: MemoryBudget,
+) -> RanksFit:
+    """Choose the passes of a run on `ranks` ranks, and whether the frozen weights are divided.
+
+    Args:
+        fit: chooses the passes of a run in a single process, with so much memory.
+        room: memory of each rank.
+    """
+    buffers = costs.exchange_buffers(ranks, memory.trainable_bytes(model))
+    whole = fit(config, replace(room, bytes=room.bytes - buffers))
+    if ranks == 1:
+        return RanksFit(whole, whole.bytes, 0)
+    absent = FrozenWeights.of(model).absent_from(ranks)
+    if whole.fits or not absent or config.recompute is False:
+        return RanksFit(_on_ranks(whole, whole.bytes, room), whole.bytes + buffers, 0)
+    # Sharded weights are gathered again in the backward pass, with recomputed activations.
+    more = replace(room, bytes=room.bytes - buffers + absent)
+    sharded = fit(replace(config, recompute=True), more)
+    chosen = _on_ranks(sharded, sharded.bytes - absent, room)
+    return RanksFit(chosen, whole.bytes + buffers, absent)
+
+
+def _on_ranks(fitted: MicroBatchFit, size: int, room: MemoryBudget) -> MicroBatchFit:
+    """Return the settings with memory of a rank, which computes one pass at a time."""
+    return replace(fitted, bytes=size, room=room, passes_at_once=1, two_need_more=False)
+
 
 def estimate_ranks(
     ranks: int,
     model: nn.Module,
-    fitted: MicroBatchFit,
+    fit: RanksFit,
     steps: Sequence[Sequence[int]],
     step_seconds: float,
 ) -> RanksEstimate:
@@ -88,29 +141,23 @@ def estimate_ranks(
 
     Args:
         model: the policy, with adapters attached.
-        fitted: the settings and their memory in a single process.
+        fit: the passes, and whether the frozen weights are divided.
         steps: tokens of each pass, for the first steps.
         step_seconds: time of an average step in a single process.
     """
     frozen, gradient = FrozenWeights.of(model), memory.trainable_bytes(model)
-    held = costs.held_weight_bytes(ranks, frozen.shared, frozen.whole, frozen.largest_block)
-    whole = fitted.bytes + costs.exchange_buffers(ranks, gradient)
-    sharded = whole - frozen.shared - frozen.whole + held
-    shard_base = whole > fitted.room.bytes and sharded < whole
+    needed = fit.fitted.bytes + costs.exchange_buffers(ranks, gradient)
     sent = _mean([costs.gathered_gradient_bytes(len(step), ranks, gradient) for step in steps])
     single_sum = costs.summed_gradient_bytes(ranks, gradient)
-    weights = _mean(
-        [costs.gathered_weight_bytes(len(step), ranks, frozen.shared) for step in steps]
-    )
-    moved = weights if shard_base else 0
+    shared = frozen.shared if fit.absent else 0
+    moved = _mean([costs.gathered_weight_bytes(len(step), ranks, shared) for step in steps])
     share, passes = costs.busiest_share(steps, ranks), [len(step) for step in steps]
     return RanksEstimate(
         ranks=ranks,
-        shard_base=shard_base,
-        fits=(sharded if shard_base else whole) <= fitted.room.bytes,
-        memory=sharded if shard_base else whole,
-        memory_whole=whole,
-        memory_sharded=sharded,
+        shard_base=fit.absent > 0,
+        fits=needed <= fit.fitted.room.bytes,
+        memory=needed,
+        memory_whole=fit.whole_bytes,
         passes=sum(passes) / len(passes),
         rounds=sum(costs.count_rounds(count, ranks) for count in passes) / len(passes),
         idle=costs.idle_share(passes, ranks),
@@ -161,13 +208,12 @@ def describe_ranks(
 def _describe_memory(estimate: RanksEstimate, fitted: MicroBatchFit) -> str:
     """Describe the memory of a rank, and whether the frozen weights have to be divided."""
     room = f"{format_bytes(fitted.room.bytes, is_estimate=True)} ({fitted.room.description})"
+    needed = format_bytes(estimate.memory, is_estimate=True)
     whole = format_bytes(estimate.memory_whole, is_estimate=True)
-    sharded = format_bytes(estimate.memory_sharded, is_estimate=True)
-    if not estimate.shard_base:
-        return f"{whole} per rank, of {room}; with --shard-base {sharded}"
-    if estimate.fits:
-        return f"{sharded} per rank with --shard-base, of {room}; without it {whole} do not fit"
-    return f"more than there is: {sharded} per rank even with --shard-base, of {room}"
+    text = f"{needed} per rank, of {room}"
+    if estimate.shard_base:
+        text += f", with --shard-base; without it {whole}"
+    return text if estimate.fits else f"more than there is: {text}"
 
 
 def _warn_of_exactness(

@@ -16,7 +16,7 @@ from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.phases import phase
 from mlx_dpo.plan.epoch import MAX_PAIRS, EpochCounter, EpochEstimate, Pairs, TimedPairs
-from mlx_dpo.plan.ranks import RanksEstimate, estimate_ranks
+from mlx_dpo.plan.ranks import RanksEstimate, estimate_ranks, fit_ranks
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory, mac_memory
 from mlx_dpo.profiling.extrapolate import (
@@ -155,7 +155,7 @@ def estimate_run(
         config, rate_reason = with_learning_rate(inputs, config, steps)
         choice = _select_scorer(inputs.base, config)
         with phase("Measuring a few layers"):
-            estimate = _RunEstimator(inputs, config, choice, budget).estimate(ranks)
+            estimate = _RunEstimator(inputs, config, choice, budget, ranks).estimate()
         return replace(estimate, rate_reason=rate_reason)
 
 
@@ -180,21 +180,30 @@ class _RunEstimator:
     """
 
     def __init__(
-        self, inputs: Inputs, config: DPOConfig, choice: ScorerChoice, budget: MemoryBudget
+        self,
+        inputs: Inputs,
+        config: DPOConfig,
+        choice: ScorerChoice,
+        budget: MemoryBudget,
+        ranks: int,
     ) -> None:
-        self.inputs, self.choice, self.budget = inputs, choice, budget
+        self.inputs, self.choice, self.budget, self.num_ranks = inputs, choice, budget, ranks
         self.base, self.model = inputs.base, inputs.base.model
-        self.fitted = fit_micro_batch_size(
-            self.base, config, choice, inputs.train, room=budget, measure=True
-        )
+        self.ranks_fit = fit_ranks(ranks, self.model, config, self._fit, budget)
+        self.fitted = self.ranks_fit.fitted
         self.config = self.fitted.config
         self.optimizer_bytes = optimizer_state_bytes(self.model, config)
         self.longest = longest_micro_batch(self.config, choice, inputs.train)
         self.short = shorten_pairs(self.longest[:1], SHORT_SHARE)
         self.counter = EpochCounter(inputs, self.config, choice)
 
-    def estimate(self, ranks: int) -> RunEstimate:
-        """Measure the passes and return the estimate of the run on so many ranks."""
+    def _fit(self, config: DPOConfig, room: MemoryBudget) -> MicroBatchFit:
+        return fit_micro_batch_size(
+            self.base, config, self.choice, self.inputs.train, room=room, measure=True
+        )
+
+    def estimate(self) -> RunEstimate:
+        """Measure the passes and return the estimate of the run."""
         points = {recompute: self._profile(recompute=recompute) for recompute in (False, True)}
         long, short = points[bool(self.config.recompute)]
         reference, reference_pairs = self._profile_reference()
@@ -210,11 +219,11 @@ class _RunEstimator:
             lengths=_row_lengths(self.inputs.train),
             parameters=memory.base_parameters(self.model),
             parts=self._memory_parts(long.profile),
-            reference_bytes=memory.parameter_bytes(self.model) + reference.bytes,
+            reference_bytes=self._held_bytes() + reference.bytes,
             without_recomputation=self._capacity(*points[False]),
             with_recomputation=self._capacity(*points[True]),
             epoch=epoch,
-            ranks=self._ranks(ranks, epoch),
+            ranks=self._ranks(epoch),
         )
 
     def _profile(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
@@ -244,14 +253,18 @@ class _RunEstimator:
         with reference_mode(self.model, self.config):
             return make_dataset_scorer(self.config, self.choice)(self.model, pairs)
 
-    def _ranks(self, ranks: int, epoch: EpochEstimate) -> RanksEstimate | None:
+    def _held_bytes(self) -> int:
+        """Return the memory of the weights that a rank holds, with a whole block at a time."""
+        return memory.parameter_bytes(self.model) - self.ranks_fit.absent
+
+    def _ranks(self, epoch: EpochEstimate) -> RanksEstimate | None:
         """Estimate the run on several ranks; None for a single process."""
-        if ranks == 1:
+        if self.num_ranks == 1:
             return None
         return estimate_ranks(
-            ranks,
+            self.num_ranks,
             self.model,
-            self.fitted,
+            self.ranks_fit,
             self.counter.tokens_of_steps(),
             epoch.seconds / epoch.steps,
         )
@@ -263,7 +276,7 @@ class _RunEstimator:
         taken from `profile`, that of the longest pass.
         """
         trained = memory.trainable_bytes(self.model)
-        weights = memory.parameter_bytes(self.model) - trained
+        weights = self._held_bytes() - trained
         adapters = memory.TRAINING_COPIES * trained + self.optimizer_bytes
         rest = max(0, self.fitted.bytes - weights - adapters)
         head = min(rest, max(0, int(profile.fixed.bytes)))
@@ -275,7 +288,7 @@ class _RunEstimator:
         Both numbers are extrapolated from the profiles of a long and a short pass.
         """
         curve = fit_memory_curve(long, short)
-        free = self.budget.bytes - memory.resident_bytes(self.model, self.optimizer_bytes)
+        free = self.budget.bytes - self._held_bytes() - self.optimizer_bytes
         # Tokens of the prompt and the longer completion, as a share of all tokens of the pair.
         row_share = len(self.longest[0]) / long.tokens
         context = context_length(self.base.config) or MAX_TOKENS

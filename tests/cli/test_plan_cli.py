@@ -207,15 +207,22 @@ def test_a_plan_for_several_ranks():
     assert plan("--ranks", "0").exit_code == 2
 
 
-def test_a_model_larger_than_a_machine_is_told_to_be_divided():
-    """Weights are 1.1 of 1.5 MB: two ranks with half of the blocks each have room."""
-    settings = ("--ranks", "2", "--lora-r", "1", "--micro-batch-size", "1", "--recompute")
-    found = planned(*settings)["ranks"]
-    whole, sharded = found["memory_whole"], found["memory_sharded"]
-    assert sharded < whole
+def test_a_model_larger_than_a_machine_is_planned_with_a_part_of_its_blocks():
+    """Four ranks hold a quarter of six blocks each, and a whole one at a time."""
+    settings = ("--lora-r", "1", "--micro-batch-size", "1", "--recompute")
+    one = planned(*settings)
+    ranks = planned(*settings, "--ranks", "4")["ranks"]
+    block = (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) * 4
+    absent = 6 * block - 6 * block // 4 - block
+    assert ranks["memory"] == ranks["memory_whole"]
     # Metal may use two thirds of what `--memory` says, in GiB.
-    size = (whole + sharded) / 2 * 3 / 2 / 2**30
-    tight = planned(*settings, "--memory", f"{size:.6f}GB")["ranks"]
-    assert (tight["shard_base"], tight["fits"]) == (True, True)
-    assert tight["sent"] > found["sent"]
-    assert "per rank with --shard-base" in plan(*settings, "--memory", f"{size:.6f}GB").output
+    size = f"{(ranks['memory'] - absent / 2) * 3 / 2 / 2**30:.6f}GB"
+    tight = planned(*settings, "--ranks", "4", "--memory", size)
+    found = tight["ranks"]
+    assert (found["shard_base"], found["fits"]) == (True, True)
+    assert found["memory_whole"] - found["memory"] == pytest.approx(absent, rel=0.1)
+    assert tight["memory"]["weights"] == one["memory"]["weights"] - absent
+    assert found["sent"] > ranks["sent"]
+    assert (
+        "with --shard-base; without it" in plan(*settings, "--ranks", "4", "--memory", size).output
+    )

@@ -8,7 +8,13 @@ import pytest
 
 from mlx_dpo import DPOConfig
 from mlx_dpo.distributed.ranks import CHUNK_BYTES
-from mlx_dpo.plan.ranks import FrozenWeights, describe_ranks, estimate_ranks
+from mlx_dpo.plan.ranks import (
+    FrozenWeights,
+    RanksFit,
+    describe_ranks,
+    estimate_ranks,
+    fit_ranks,
+)
 from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import MicroBatchFit
 
@@ -52,15 +58,31 @@ def test_frozen_weights_are_counted_without_what_is_trained():
     assert found == FrozenWeights(shared=4 * BLOCK, whole=BLOCK, largest_block=2 * BLOCK)
 
 
+def fit_for(ranks, room, policy=None, **settings):
+    """Choose passes that need 100 MB, or 20 MB less if they are recomputed."""
+    calls = []
+
+    def choose(config, budget):
+        calls.append((config.recompute, budget.bytes))
+        size = 80_000_000 if config.recompute else 100_000_000
+        found = MicroBatchFit(config, size, budget, passes_at_once=2)
+        return found
+
+    start = fit(0, room, **settings).config
+    return fit_ranks(ranks, policy or Policy(), start, choose, MemoryBudget(room, "test")), calls
+
+
 def test_a_plan_by_hand():
-    found = estimate_ranks(2, Policy(), fit(100_000_000, 10**9), STEPS, 3.0)
+    chosen, calls = fit_for(2, 10**9)
+    assert calls == [(None, 10**9 - 4 * TRAINED)]  # two gradients, and a chunk of each rank
+    assert TRAINED < CHUNK_BYTES
+    assert chosen.fitted.passes_at_once == 1
+    found = estimate_ranks(2, Policy(), chosen, STEPS, 3.0)
     assert (found.passes, found.rounds, found.idle) == (2.5, 1.5, 1 - 5 / 6)
     assert found.sent == 1.5 * TRAINED
     assert found.sent_for_single_sum == TRAINED
     assert found.bound == pytest.approx(150 / (20 + 40 + 50))
-    assert found.memory == found.memory_whole == 100_000_000 + 2 * TRAINED + 2 * TRAINED
-    assert TRAINED < CHUNK_BYTES
-    assert found.memory_sharded == found.memory_whole - 4 * BLOCK + 4 * BLOCK // 2 + 2 * BLOCK
+    assert found.memory == found.memory_whole == 100_000_000 + 4 * TRAINED
     assert (found.shard_base, found.fits) == (False, True)
     ethernet = found.links[2]
     assert ethernet.seconds == 1.5 * TRAINED / 0.115e9
@@ -68,28 +90,50 @@ def test_a_plan_by_hand():
     assert found.links[0].speedup > found.links[1].speedup > ethernet.speedup
 
 
+def test_one_rank_is_planned_as_before():
+    chosen, calls = fit_for(1, 1000)
+    assert calls == [(None, 1000)]
+    assert (chosen.absent, chosen.whole_bytes) == (0, 100_000_000)
+    assert chosen.fitted.passes_at_once == 2
+
+
 def test_the_base_is_divided_if_the_model_does_not_fit_whole():
-    """With four ranks each lacks 3/4 of four blocks, and holds the largest block besides."""
-    policy, size = Policy(), 100_000_000
-    whole = estimate_ranks(4, policy, fit(size, 10**9), STEPS, 3.0)
-    assert whole.memory_sharded == whole.memory_whole - 3 * BLOCK + 2 * BLOCK
-    tight = estimate_ranks(4, policy, fit(size, whole.memory_whole - 1), STEPS, 3.0)
-    assert (tight.shard_base, tight.fits, tight.memory) == (True, True, whole.memory_sharded)
-    assert tight.sent - whole.sent == 2 * 3 * BLOCK  # one round: forward and backward
-    assert tight.links[0].speedup < whole.links[0].speedup
-    lines = describe_ranks(tight, fit(size, whole.memory_whole - 1), 8)
-    assert any("per rank with --shard-base, of" in line for line in lines)
+    """With four ranks each lacks 3/4 of four blocks, and holds the largest block, of two."""
+    absent = 3 * BLOCK - 2 * BLOCK
+    needed = 100_000_000 + 6 * TRAINED
+    whole, _ = fit_for(4, needed)
+    assert whole.absent == 0
+    chosen, calls = fit_for(4, needed - 1)
+    assert calls[1] == (True, needed - 1 - 6 * TRAINED + absent)
+    assert (chosen.absent, chosen.whole_bytes) == (absent, needed)
+    tight = estimate_ranks(4, Policy(), chosen, STEPS, 3.0)
+    assert (tight.shard_base, tight.fits) == (True, True)
+    assert tight.memory == 80_000_000 - absent + 6 * TRAINED
+    roomy = estimate_ranks(4, Policy(), whole, STEPS, 3.0)
+    assert tight.sent - roomy.sent == 2 * 3 * BLOCK  # one round: forward and backward
+    assert tight.links[0].speedup < roomy.links[0].speedup
+    lines = describe_ranks(tight, chosen.fitted, 8)
+    assert "for a test" not in lines[1]
+    assert lines[1].endswith(", with --shard-base; without it 124 MB") or "0.12 GB" in lines[1]
     assert any("as one rank with room for the model" in line for line in lines)
-    little = estimate_ranks(4, policy, fit(size, whole.memory_sharded - 1), STEPS, 3.0)
-    assert (little.shard_base, little.fits) == (True, False)
-    assert "more than there is" in describe_ranks(little, fit(size, 0), 8)[1]
+    little, _ = fit_for(4, tight.memory - 1)
+    found = estimate_ranks(4, Policy(), little, STEPS, 3.0)
+    assert (found.shard_base, found.fits) == (True, False)
+    assert describe_ranks(found, little.fitted, 8)[1].startswith("more than there is")
+
+
+def test_the_base_is_whole_without_recomputation():
+    chosen, calls = fit_for(4, 1000, recompute=False)
+    assert (chosen.absent, len(calls)) == (0, 1)
 
 
 def test_exact_sums_that_take_more_than_a_tenth_of_a_step_are_told_with_a_remedy():
     steps = [[10] * 8]
     fitted = fit(10**8, 10**9, batch_size=16)
     # Three gradients beyond a single sum: 12 MB, a tenth of a second on the slowest link.
-    slow, quick = (estimate_ranks(2, Policy(), fitted, steps, each) for each in (0.5, 60.0))
+    slow, quick = (
+        estimate_ranks(2, Policy(), RanksFit(fitted, 1, 0), steps, each) for each in (0.5, 60.0)
+    )
     assert slow.links[2].exactness == pytest.approx(
         3 * TRAINED / 0.115e9 / (0.25 + slow.links[2].seconds)
     )
@@ -107,7 +151,7 @@ def test_exact_sums_that_take_more_than_a_tenth_of_a_step_are_told_with_a_remedy
 
 def test_ranks_without_a_pass_are_told():
     fitted = fit(10**8, 10**9)
-    few = estimate_ranks(3, Policy(), fitted, [[10, 10]], 1.0)
+    few = estimate_ranks(3, Policy(), RanksFit(fitted, 1, 0), [[10, 10]], 1.0)
     lines = describe_ranks(few, fitted, 8)
     assert "2 passes per step, in 1 round; 33% of the ranks' turns have no pass" in lines[0]
     assert lines[-1].startswith("steps have fewer passes than there are ranks")
