@@ -86,6 +86,8 @@ class RankPool:
             each: further arguments, one dictionary per rank.
             arguments: arguments of the function on every rank.
         """
+        if any(process.poll() is not None for process in self.processes):
+            self.close()  # ranks that have been idle for long end themselves
         if not self.processes:
             self._start()
         for rank, process in enumerate(self.processes):

@@ -14,14 +14,18 @@ class RankRuns:
         self.folder = folder
 
     def arguments(self, name, changes, *, each=None, **others):
-        """Return what each rank is called with: the settings, and its folders."""
+        """Return what each rank is called with: the settings, and its folders.
+
+        Args:
+            each: settings of one rank each; paths are relative to its working directory.
+        """
         folders = [self.folder / name / f"rank-{rank}" for rank in range(self.pool.count)]
         for folder in folders:
             for part in ("work", "temporary"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
         return [
             {
-                "settings": full_settings(self.inputs, changes | (each[rank] if each else {})),
+                "settings": full_settings(self.inputs, changes) | (each[rank] if each else {}),
                 "folder": str(folder),
                 **others,
             }

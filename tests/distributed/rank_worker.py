@@ -7,7 +7,9 @@ import tempfile
 import threading
 import traceback
 from functools import reduce
+from importlib.metadata import version
 from queue import Queue
+from unittest.mock import patch
 
 import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
 
@@ -18,6 +20,8 @@ from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.distributed import ranks as ranks_module
 from mlx_dpo.distributed.connect import connect
 from mlx_dpo.errors import DPOError
+from mlx_dpo.profiling.device_memory import MemoryBudget
+from mlx_dpo.runs import auto_batch_size
 from mlx_dpo.training.monitor import samples
 from tests.run_settings import SAMPLE_TOKENS
 
@@ -30,9 +34,11 @@ def add_random_arrays(*, seed, cases):
     The fold is computed by NumPy where it has the dtype. Rows of ranks without a pass are random
     as well: they must have no effect.
     """
-    ranks, draw = connect(), np.random.default_rng(seed)
-    ranks_module.CHUNK_BYTES = 64
-    failures = []
+    with patch.object(ranks_module, "CHUNK_BYTES", 64):
+        return list(find_wrong_sums(connect(), np.random.default_rng(seed), cases))
+
+
+def find_wrong_sums(ranks, draw, cases):
     for case in range(cases):
         dtype = (mx.float32, mx.bfloat16, mx.float16)[case % 3]
         width = 64 // dtype.size
@@ -48,11 +54,10 @@ def add_random_arrays(*, seed, cases):
             total = ranks.add_in_order("test", total, mine, [rank for _, rank in order])
         expected = fold(arrays)
         if bits(total) != bits(expected) or total.dtype != dtype:
-            failures.append(
+            yield (
                 f"case {case}: {count} arrays of {size} {dtype}: {total.tolist()} is not "
                 f"{expected.tolist()}"
             )
-    return failures
 
 
 def random_array(draw, size, case):
@@ -101,7 +106,24 @@ def train(*, settings, folder, resume=False, stop_after=None, stop_rank=0):
     return {"steps": steps, "stopped": trainer.stopped}
 
 
-CALLS = {f.__name__: f for f in (add_random_arrays, train)}
+def train_with_version(*, package, versions, **arguments):
+    """Train with `versions[rank]` as the version of an installed package."""
+    own = versions[connect().rank]
+    with patch(
+        "mlx_dpo.runs.distributed.handshake.version",
+        lambda name: own if name == package else version(name),
+    ):
+        return train(**arguments)
+
+
+def train_with_memory(*, gigabytes, **arguments):
+    """Train with `gigabytes[rank]` of memory."""
+    own = MemoryBudget(int(gigabytes[connect().rank] * 1e9), "as the test says")
+    with patch.object(auto_batch_size, "available_memory", lambda: own):
+        return train(**arguments)
+
+
+CALLS = {f.__name__: f for f in (add_random_arrays, train, train_with_version, train_with_memory)}
 
 
 def read_lines(lines):

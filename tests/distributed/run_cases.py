@@ -115,16 +115,22 @@ def make_inputs(folder):
     """Write the models, adapters and pairs of all cases to `folder`; returns it."""
     make_checkpoint(folder / "base")
     make_checkpoint(folder / "other-base", seed=5)
-    policy = load_model(str(folder / "base")).model
-    adapters.attach_adapters(policy, rank=2, scale=2.0)
-    for number, layer in enumerate(adapters.adapted_layers(policy).values()):
-        noise = mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
-        layer.lora_b = layer.lora_b + 0.05 * noise
-    (folder / "start").mkdir()
-    save_adapter(folder / "start", policy, adapters.make_adapter_config(policy))
+    for name, scale in (("start", 0.05), ("other-start", 0.06)):
+        make_adapter(folder / name, str(folder / "base"), scale)
     for name, rows in make_rows().items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def make_adapter(folder, model, scale):
+    """Write adapters that change `model` to `folder`."""
+    policy = load_model(model).model
+    adapters.attach_adapters(policy, rank=2, scale=2.0)
+    for number, layer in enumerate(adapters.adapted_layers(policy).values()):
+        noise = mx.random.normal(layer.lora_b.shape, key=mx.random.key(number))
+        layer.lora_b = layer.lora_b + scale * noise
+    folder.mkdir()
+    save_adapter(folder, policy, adapters.make_adapter_config(policy))
 
 
 def make_rows():

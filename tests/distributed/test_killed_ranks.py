@@ -177,11 +177,13 @@ def kill_often(place, count, phase, kills, seed):
         with place.run(count, output, "--resume") as run:
             killed, wrong = try_to_kill(run, rank, phase, draw)
         done += killed
+        print(f"{phase.__name__}, rank {rank} of {count}: kill {done}, {wrong or 'all ended'}")
         if wrong:
             failures.append(f"rank {rank} of {count}, kill {done}: " + "; ".join(wrong))
             output = place.new_output()
         elif is_finished(output) or done == kills or phase is at_end or draw.random() < 0.15:
             wrong = place.finish(draw.choice([1, 2, 3]), output)
+            print(f"resumed: {wrong or 'as uninterrupted'}")
             failures += [f"after rank {rank} of {count} was killed: {w}" for w in wrong]
             output = place.new_output()
     print(f"\n{phase.__name__}, {count} ranks: {done} kills, {len(failures)} failures")
