@@ -13,6 +13,7 @@ from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import MicroBatchFit
+from mlx_dpo.runs.distributed.shard_base import LARGEST_SHARE
 from mlx_dpo.units import format_bytes
 
 
@@ -115,8 +116,14 @@ def fit_ranks(
     whole = fit(config, replace(room, bytes=room.bytes - buffers))
     if ranks == 1:
         return RanksFit(whole, whole.bytes, 0)
-    absent = FrozenWeights.of(model).absent_from(ranks)
-    if whole.fits or not absent or config.recompute is False:
+    frozen = FrozenWeights.of(model)
+    absent = frozen.absent_from(ranks)
+    # `train` divides large weights by itself; plan also names `--shard-base` where it has to be set
+    is_large = frozen.shared + frozen.whole > LARGEST_SHARE * room.bytes
+    is_wanted = config.shard_base
+    if is_wanted is None:
+        is_wanted = config.recompute is not False and (is_large or not whole.fits)
+    if not is_wanted or not absent:
         return RanksFit(_on_ranks(whole, whole.bytes, room), whole.bytes + buffers, 0)
     # Sharded weights are gathered again in the backward pass, with recomputed activations.
     more = replace(room, bytes=room.bytes - buffers + absent)

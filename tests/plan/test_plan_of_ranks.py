@@ -58,18 +58,17 @@ def test_frozen_weights_are_counted_without_what_is_trained():
     assert found == FrozenWeights(shared=4 * BLOCK, whole=BLOCK, largest_block=2 * BLOCK)
 
 
-def fit_for(ranks, room, policy=None, **settings):
-    """Choose passes that need 100 MB, or 20 MB less if they are recomputed."""
+def fit_for(ranks, room, size=100_000_000, **settings):
+    """Choose passes that need so much memory, or a fifth less if they are recomputed."""
     calls = []
 
     def choose(config, budget):
         calls.append((config.recompute, budget.bytes))
-        size = 80_000_000 if config.recompute else 100_000_000
-        found = MicroBatchFit(config, size, budget, passes_at_once=2)
-        return found
+        needed = size * 4 // 5 if config.recompute else size
+        return MicroBatchFit(config, needed, budget, passes_at_once=2)
 
     start = fit(0, room, **settings).config
-    return fit_ranks(ranks, policy or Policy(), start, choose, MemoryBudget(room, "test")), calls
+    return fit_ranks(ranks, Policy(), start, choose, MemoryBudget(room, "test")), calls
 
 
 def test_a_plan_by_hand():
@@ -114,7 +113,7 @@ def test_the_base_is_divided_if_the_model_does_not_fit_whole():
     assert tight.links[0].speedup < roomy.links[0].speedup
     lines = describe_ranks(tight, chosen.fitted, 8)
     assert "for a test" not in lines[1]
-    assert lines[1].endswith(", with --shard-base; without it 124 MB") or "0.12 GB" in lines[1]
+    assert lines[1].endswith(", with --shard-base; without it 0.12 GB")
     assert any("as one rank with room for the model" in line for line in lines)
     little, _ = fit_for(4, tight.memory - 1)
     found = estimate_ranks(4, Policy(), little, STEPS, 3.0)
@@ -125,6 +124,15 @@ def test_the_base_is_divided_if_the_model_does_not_fit_whole():
 def test_the_base_is_whole_without_recomputation():
     chosen, calls = fit_for(4, 1000, recompute=False)
     assert (chosen.absent, len(calls)) == (0, 1)
+
+
+def test_the_base_is_divided_as_train_divides_it():
+    """It does so by itself if frozen weights take three quarters of the memory, or as it is set."""
+    room = 5 * BLOCK * 4 // 3  # five blocks are frozen
+    large, small = (fit_for(4, size, size=1000)[0] for size in (room - 4, room + 4))
+    assert (large.absent, small.absent) == (BLOCK, 0)
+    assert fit_for(4, room - 4, size=1000, shard_base=False)[0].absent == 0
+    assert fit_for(4, room + 4, size=1000, shard_base=True)[0].absent == BLOCK
 
 
 def test_exact_sums_that_take_more_than_a_tenth_of_a_step_are_told_with_a_remedy():
