@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any, NamedTuple, Protocol
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.distributed import heartbeats
 from mlx_dpo.distributed.ranks import Ranks
+from mlx_dpo.io.atomic import remove_abandoned, temporary_path
 from mlx_dpo.runs.distributed.peers import Peers
 from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import (
@@ -22,6 +23,8 @@ from mlx_dpo.runs.folder import (
 )
 from mlx_dpo.runs.trackers import check_trackers
 from mlx_dpo.training import checkpoint
+
+NAME = "rank"  # last part of the names of temporary folders
 
 
 class StartedRun(Protocol):
@@ -63,9 +66,18 @@ def open_run_folder(run: StartedRun) -> Iterator[OpenedFolder]:
                 stack.enter_context(lock_folder(paths))
                 record = _find_record(run)
             else:
-                temporary = TemporaryDirectory(prefix=f"mlx-dpo-rank-{ranks.rank}-")
-                paths = RunPaths(Path(stack.enter_context(temporary)))
+                paths = RunPaths(stack.enter_context(_temporary_folder()))
         yield OpenedFolder(paths, ranks.broadcast_json("run.json", record))
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Create a folder that is removed after the block; remove those of ranks that were killed."""
+    parent = Path(gettempdir())
+    remove_abandoned(parent, NAME)
+    with temporary_path(parent / NAME) as folder:
+        folder.mkdir(mode=0o700)
+        yield folder
 
 
 def _find_record(run: StartedRun) -> dict[str, Any] | None:

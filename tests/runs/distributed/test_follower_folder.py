@@ -1,5 +1,6 @@
 """Ranks other than 0 work in temporary folders, with copies of what decides over the run."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from mlx_dpo.runs.distributed.peers import Peers, SharedError
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.training import checkpoint
 from tests.runs.distributed.thread_ranks import run_ranks
+from tests.temporary_files import ended_process, temporary_path
 
 FACTS = [{"host": "a"}, {"host": "b"}]
 
@@ -46,6 +48,22 @@ def test_rank_0_alone_has_the_run_folder(start, tmp_path, monkeypatch):
     assert {path.name for path in first.iterdir()} == {"metrics.jsonl", ".lock"}
     assert second != first
     assert not second.exists()
+
+
+def test_the_folder_of_a_killed_rank_is_removed(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(follower_folder, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(follower_folder, "_find_record", lambda run: None)
+    left = temporary_path(tmp_path / follower_folder.NAME, ended_process())
+    left.mkdir()
+    (left / "metrics.jsonl").write_text("")
+    used = temporary_path(tmp_path / follower_folder.NAME, os.getppid())
+    used.mkdir()
+
+    def run(ranks):
+        with open_run_folder(start(ranks)):
+            return [left.exists(), used.exists()]
+
+    assert run_ranks(2, run)[1] == [False, True]
 
 
 def test_a_run_folder_in_use_ends_all_ranks(start, tmp_path):
