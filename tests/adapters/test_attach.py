@@ -2,6 +2,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.nn.layers.distributed import shard_linear
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.layers import LoRALinear
@@ -128,3 +129,11 @@ def test_off_is_refused_where_the_base_itself_was_trained(tiny_llama):
         adapters.disable_adapters(tiny_llama),
     ):
         pass
+
+
+def test_adapters_are_refused_on_tensor_parallel_layers(tiny_llama):
+    """mlx-lm's LoRA on them computes a wrong loss and wrong gradients, without an error."""
+    mlp = tiny_llama.layers[1].mlp
+    mlp.up_proj = shard_linear(mlp.up_proj, "all-to-sharded")
+    with pytest.raises(ModelError, match=r"`model.layers.1.mlp.up_proj` is divided among"):
+        attach(tiny_llama)

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.adapters.targets import linear_names
@@ -18,6 +19,8 @@ from mlx_dpo.scoring.sharded.gathered_blocks import use_gathered_weights
 from mlx_dpo.scoring.sharded.value_and_grad import value_and_grad
 from mlx_dpo.types import TokenizedPair
 from tests.scoring import architectures
+
+PACKED = (nn.Linear, nn.Embedding, SwitchLinear)
 
 
 class RanksInTurn(Ranks):
@@ -46,9 +49,7 @@ def build(model_type: str, bits: int = 0) -> nn.Module:
             group_size=32,
             bits=bits,
             class_predicate=lambda _, module: (
-                hasattr(module, "to_quantized")
-                and module.weight.ndim == 2
-                and module.weight.shape[-1] % 32 == 0
+                type(module) in PACKED and module.weight.shape[-1] % 32 == 0
             ),
         )
     mx.eval(model.parameters())

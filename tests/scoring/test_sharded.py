@@ -14,10 +14,15 @@ import pytest
 from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import named_arrays, random_state
-from mlx_dpo.models.sharded.shard_model import shard_model
+from mlx_dpo.models import load
+from mlx_dpo.models.load import load_model
+from mlx_dpo.models.sharded.shard_model import find_shards, shard_model
+from mlx_dpo.profiling.memory import parameter_bytes
 from mlx_dpo.scoring.equivalence import random_pairs
 from mlx_dpo.scoring.scorers import Scorer, make_shared_scorer, plain_scorer
+from mlx_dpo.scoring.sharded.gathered_blocks import measuring
 from mlx_dpo.scoring.sharded.value_and_grad import value_and_grad
+from tests.checkpoints import make_checkpoint
 from tests.scoring import architectures
 from tests.scoring.sharded_models import (
     RanksInTurn,
@@ -55,7 +60,8 @@ def pairs_of(rank: int):
         pytest.param("gemma3_text", 4, plain_scorer, marks=pytest.mark.slow),
         pytest.param("falcon_h1", 0, plain_scorer, marks=pytest.mark.slow),
         pytest.param("gemma4_text", 0, batched(), marks=pytest.mark.slow),
-        ("gemma3n", 0, plain_scorer),  # writes to what its blocks return
+        # Writes to what its blocks return.
+        pytest.param("gemma3n", 0, plain_scorer, marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value) if isinstance(value, str | int) else "",
 )
@@ -93,7 +99,7 @@ def test_gradients_of_adapters_outside_of_the_blocks():
 
 
 def test_transposed_weights_keep_their_layout():
-    """A product with a transposed copy rounds differently."""
+    """Products with a matrix and with its transposed copy may round differently."""
 
     def build_transposed() -> nn.Module:
         model = build("llama")
@@ -133,6 +139,53 @@ def test_a_rank_holds_its_part_and_no_whole_block():
     )
     held = mx.get_active_memory() - before
     assert held <= 1.05 * total + outside  # all three ranks together hold the blocks once
+
+
+@pytest.mark.parametrize("unpacks", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_rank_loads_its_part_without_ever_holding_the_whole(tmp_path, monkeypatch, unpacks):
+    """On a GPU weights stay as they are stored; on the CPU blocks are unpacked one by one."""
+    folder = make_checkpoint(tmp_path / "model", hidden=256, num_hidden_layers=12)
+    monkeypatch.setattr(load, "is_cpu", lambda: unpacks)
+    size = 3
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    bits = None if unpacks else 4
+    ranks = RanksInTurn(1, size, {})
+    model = load_model(str(folder), bits=bits, shard_over=lambda model: ranks).model
+    peak = mx.get_peak_memory() - before
+    shards = find_shards(model)
+    gathered = shards.gathered_bytes
+    compared = sum(array.nbytes for arrays in shards.whole.values() for array in arrays)
+    shards.whole.clear()
+    gc.collect()
+    mx.clear_cache()
+    held = mx.get_active_memory() - before
+    blocks = shards.held_bytes + shards.absent_bytes
+    outside = sum(
+        value.nbytes
+        for name, value in named_arrays(model.parameters()).items()
+        if ".layers." not in name
+    )
+    assert held - outside <= (1 / size + 0.05) * blocks
+    # The first blocks, until they are compared, and the block that is being sharded. What MLX
+    # packs here was float32.
+    assert peak <= held + compared + gathered * (1 if unpacks else 8) + outside
+    assert peak < 0.75 * (blocks if unpacks else 2 * blocks)
+
+
+def test_memory_of_a_pass_is_measured_without_the_other_ranks():
+    """Ranks measure passes of different sizes, according to their memory."""
+    model, shards = shard(partial(build, "llama"), 2)[0]
+    adapt(model)
+    assert isinstance(shards.ranks, RanksInTurn)
+    shards.ranks.seen.clear()
+    with measuring(model):
+        numbers(model, plain_scorer, pairs_of(0))
+    whole = build("llama")
+    adapt(whole)
+    assert parameter_bytes(model) == parameter_bytes(whole) - shards.absent_bytes
+    with pytest.raises(KeyError):
+        numbers(model, plain_scorer, pairs_of(0))
 
 
 def test_a_sharded_model_gives_no_gradient_to_others():

@@ -170,7 +170,7 @@ def _placeholder(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 def _memory_order(array: mx.array) -> tuple[int, ...] | None:
     """Return the order of the axes in memory if `array` is a transposed array; otherwise None.
 
-    Matrix products round differently for a matrix and for its transposed copy.
+    Products with a matrix and with its transposed copy may round differently.
     """
     strides = memoryview(cast(Any, array)).strides or ()
     axes = tuple(sorted(range(array.ndim), key=lambda axis: (-strides[axis], axis)))
