@@ -92,6 +92,8 @@ class Heartbeats:
         self._step = self._step if step is None else step
         self._checkpoint = self._checkpoint if checkpoint is None else checkpoint
         self._command = self._command if command is None else command
+        if checkpoint is not None or command is not None:  # the others know it if this rank is lost
+            self._wake()
 
     def report_error(self, text: str, code: int) -> None:
         """Announce that this rank ends because of an error.
@@ -112,9 +114,13 @@ class Heartbeats:
             return
         self._is_leaving = True
         self._outbox.append(message | {"operations": self._ranks.operations})
+        self._wake()
+        self._is_sent.wait(AGREE_SECONDS)
+
+    def _wake(self) -> None:
+        """Let the thread send a heartbeat now."""
         with suppress(OSError):
             self._wake_writer.send(b".")
-        self._is_sent.wait(AGREE_SECONDS)
 
     # --- the thread ----------------------------------------------------------------------------
 
@@ -122,20 +128,20 @@ class Heartbeats:
         interval = min(BEAT_SECONDS, self._timeout / BEATS_IN_TIMEOUT)
         next_beat = last_round = time.monotonic()
         while True:
-            self._wait(max(0.0, next_beat - time.monotonic()))
+            is_due = self._wait(max(0.0, next_beat - time.monotonic()))
             now = time.monotonic()
             if now - last_round > self._timeout / 2:  # this process was suspended
                 for state in self._states:
                     state.seen_at = state.progressed_at = now
             last_round = now
             self._receive(now)
-            if now >= next_beat or self._outbox:
+            if is_due or now >= next_beat:
                 next_beat = now + interval
                 self._beat(now)
             self._judge(now)
 
-    def _wait(self, seconds: float) -> None:
-        """Wait for a message, the main thread, or for some seconds."""
+    def _wait(self, seconds: float) -> bool:
+        """Wait for messages, or for some seconds; return whether the main thread asks to send."""
         links: list[socket.socket | Listener | Link] = [self._wake_reader]
         links += [link for link in self._links.values() if link.is_open]
         links += self._listener.links if self._listener else []
@@ -144,7 +150,8 @@ class Heartbeats:
                 selector.register(link, selectors.EVENT_READ)
             selector.select(seconds)
         with suppress(BlockingIOError):
-            self._wake_reader.recv(4096)
+            return bool(self._wake_reader.recv(4096))
+        return False
 
     def _receive(self, now: float) -> None:
         for rank, link in self._listener.new_ranks() if self._listener else ():

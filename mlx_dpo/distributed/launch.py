@@ -194,7 +194,9 @@ class _Launch:
     def __enter__(self) -> "_Launch":
         try:
             for wanted in STOP_SIGNALS:
-                if signal.getsignal(wanted) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                # `nohup` ignores SIGHUP; shells ignore SIGINT in background programs, and a single
+                # process of training handles it there.
+                if wanted != signal.SIGHUP or signal.getsignal(wanted) is not signal.SIG_IGN:
                     handler = signal.signal(wanted, lambda got, frame: self._events.put(got))
                     self._cleanup.callback(signal.signal, wanted, handler)
             for number, command in enumerate(self._commands):
@@ -271,21 +273,18 @@ class _Launch:
 
     def _report_failure(self) -> None:
         """Report what rank 0 could not: its own end by a signal, a crash, output of the others."""
-        first = self._failed[0]
-        main = self._ranks[0]
+        first, main = self._failed[0], self._ranks[0]
         assert main.status is not None
+        others = [rank for rank in self._failed if rank is not main and not rank.was_ended]
         has_reported = main.status > 0 and not main.was_ended
-        for rank in self._failed:
-            if rank.number == 0 or rank.was_ended:
-                continue
-            # The line of the ranks that ended because rank 0 was lost.
-            last = [line for line in rank.tail if line.startswith(ERROR)] if rank.is_lost else []
-            if last and not has_reported:
-                self._report(last[-1].removeprefix(ERROR))
-                has_reported = True
-            elif rank.tail and (rank.has_crashed or not (has_reported or rank.is_lost)):
+        for rank in others:
+            if not rank.is_lost and rank.tail and (rank.has_crashed or not has_reported):
                 self._report("\n".join(f"{rank.name}: {line}" for line in rank.tail))
-        if not has_reported:
+        # The first of the ranks that ended because rank 0 was lost has a line about it.
+        lost = [line for rank in others if rank.is_lost for line in rank.tail]
+        if lines := [line for line in lost if line.startswith(ERROR)]:
+            self._report(lines[-1].removeprefix(ERROR))
+        elif not has_reported:
             event = describe_end(first.status)
             if first.status == -signal.SIGALRM:
                 event = "could not connect to the other ranks within --rank-timeout"

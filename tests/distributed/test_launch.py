@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ import pytest
 from mlx_dpo.distributed.launch import RankCommand, launch, ring_on_this_machine
 from mlx_dpo.distributed.launched import describe_end
 from mlx_dpo.errors import DPOError
+from tests.distributed.launched_ranks import Launcher, alive
 
-ROOT = Path(__file__).parents[2]
 # A rank without MLX: it writes its pid to FOLDER/pid-RANK, then does what RANK=WHAT asks of it.
 RANK_PROGRAM = """
 import os, signal, sys, time
@@ -44,66 +43,6 @@ if plan.isdigit():
     sys.exit(int(plan))
 time.sleep(300)
 """
-LAUNCHER_PROGRAM = """
-import sys
-from mlx_dpo.distributed import launch
-launch.GRACE_SECONDS = 0.5
-count, *argv = sys.argv[1:]
-with launch.ring_on_this_machine(int(count)) as variables:
-    commands = [launch.RankCommand("studio", tuple(argv), each) for each in variables]
-    sys.exit(launch.launch(commands, lambda text: print(text, file=sys.stderr)))
-"""
-
-
-class Launcher:
-    """A launcher in a process of its own, which is killed with its ranks at the end."""
-
-    def __init__(self, folder, count, *plans):
-        self.folder, self.count = folder, count
-        rank = [sys.executable, "-c", RANK_PROGRAM, str(folder), *plans]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER_PROGRAM, str(count), *rank],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.process.kill()
-        self.process.communicate()
-        for pid in self.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def pids(self):
-        return [int(path.read_text()) for path in self.folder.glob("pid-*")]
-
-    def until_all_run(self):
-        deadline = time.monotonic() + 30
-        while len(self.pids()) < self.count:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        return self
-
-    def result(self):
-        output, errors = self.process.communicate(timeout=30)
-        assert alive(self.pids()) == []
-        return self.process.returncode, output, errors
-
-
-def alive(pids):
-    return [pid for pid in pids if is_running(pid)]
-
-
-def is_running(pid):
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 @pytest.mark.parametrize(
@@ -119,7 +58,7 @@ def is_running(pid):
     ],
 )
 def test_the_exit_code_is_that_of_the_first_rank_that_fails(tmp_path, plans, code, expected):
-    with Launcher(tmp_path, 2, *plans) as launcher:
+    with Launcher(tmp_path, 2, RANK_PROGRAM, *plans, grace=0.5) as launcher:
         returned, _, errors = launcher.result()
     assert returned == code
     assert all(text in errors for text in expected), errors
@@ -128,14 +67,14 @@ def test_the_exit_code_is_that_of_the_first_rank_that_fails(tmp_path, plans, cod
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_all_ranks(tmp_path, number, code):
-    with Launcher(tmp_path, 2) as launcher:
+    with Launcher(tmp_path, 2, RANK_PROGRAM) as launcher:
         launcher.until_all_run().process.send_signal(number)
         returned, output, errors = launcher.result()
     assert (returned, output, errors) == (code, "rank 0 stops\n", "")
 
 
 def test_a_second_signal_kills_all_ranks(tmp_path):
-    with Launcher(tmp_path, 2, "0=deaf") as launcher:
+    with Launcher(tmp_path, 2, RANK_PROGRAM, "0=deaf") as launcher:
         process = launcher.until_all_run().process
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):  # rank 0 ignores the signal
@@ -145,7 +84,7 @@ def test_a_second_signal_kills_all_ranks(tmp_path):
 
 
 def test_ranks_end_when_their_launcher_is_killed(tmp_path):
-    with Launcher(tmp_path, 3) as launcher:
+    with Launcher(tmp_path, 3, RANK_PROGRAM) as launcher:
         launcher.until_all_run().process.kill()
         deadline = time.monotonic() + 10
         while alive(launcher.pids()):
