@@ -100,7 +100,9 @@ def read_hostfile(path: Path) -> Hostfile:
         raise ConfigError(f"{path}: has one host only; add another one, or leave --hosts out")
     file = Hostfile(path, hosts, backend, _read_environment(document.get("envs", []), path))
     _check_addresses(file)
-    if backend != "ring":
+    if backend == "ring":
+        _check_counts(file)
+    else:
         _check_rdma(file)
     return file
 
@@ -207,6 +209,17 @@ def _check_addresses(file: Hostfile) -> None:
                     f"{file.path}: {address} of {host.ssh} is a loopback address, which "
                     f"{other_machines[0]} cannot reach; give the address at the link"
                 )
+
+
+def _check_counts(file: Hostfile) -> None:
+    """Check that ring has as many connections to the next rank as from the one before."""
+    first, *others = file.hosts
+    for host in others:
+        if len(host.addresses) != len(first.addresses):
+            raise ConfigError(
+                f"{file.path}: `ips` has {len(first.addresses)} for {first.ssh}, "
+                f"{len(host.addresses)} for {host.ssh}; ring needs as many for each host"
+            )
 
 
 def _is_loopback(name: str) -> bool:

@@ -11,6 +11,7 @@ from getpass import getuser
 from pathlib import Path
 
 START_SECONDS = 30
+ADDRESSES = (1, 2, 3)  # of loopback, at which the server listens
 
 
 def find_server():
@@ -33,8 +34,8 @@ def ssh_server(folder):
         )
     (folder / "authorized").write_bytes((folder / "user.pub").read_bytes())
     (folder / "sshd_config").write_text(
-        f"ListenAddress 127.0.0.1:{port}\nListenAddress 127.0.0.2:{port}\n"
-        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile none\n"
+        "".join(f"ListenAddress 127.0.0.{n}:{port}\n" for n in ADDRESSES)
+        + f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\nPidFile none\n"
         "UsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin yes\n"
     )
     (folder / "ssh_config").write_text(

@@ -11,7 +11,7 @@ from mlx_dpo.distributed.hosts.hostfile import Host, read_hostfile
 from mlx_dpo.errors import ConfigError
 
 A = {"ssh": "mac1", "ips": ["10.0.0.1"]}
-B = {"ssh": "anna@mac2.local", "ips": ["10.0.0.2", "10.0.1.2"], "rdma": []}
+B = {"ssh": "anna@mac2.local", "ips": ["10.0.0.2"], "rdma": []}
 RDMA = [
     A | {"rdma": [None, "rdma_en5"]},
     {"ssh": "mac2", "ips": ["10.0.0.2"], "rdma": [["rdma_en5", "rdma_en6"], None]},
@@ -34,11 +34,11 @@ def jaccl(monkeypatch):
 
 
 def test_a_list_of_hosts_is_for_ring(read):
-    file = read([A, B])
+    file = read([A | {"ips": ["10.0.0.1", "10.0.1.1"]}, B | {"ips": ["10.0.0.2", "10.0.1.2"]}])
     assert file.backend == "ring"
     assert file.environment == {}
     assert file.hosts == (
-        Host("mac1", ("10.0.0.1",), ()),
+        Host("mac1", ("10.0.0.1", "10.0.1.1"), ()),
         Host("anna@mac2.local", ("10.0.0.2", "10.0.1.2"), ()),
     )
 
@@ -96,6 +96,10 @@ WRONG = [
     (
         [A, B | {"ips": ["127.0.0.1"]}],
         r"127\.0\.0\.1 of .* is a loopback address, which mac1 cannot reach; give",
+    ),
+    (
+        [A, B | {"ips": ["10.0.0.2", "10.0.1.2"]}],
+        r"`ips` has 1 for mac1, 2 for anna@mac2\.local; ring needs as many for each host",
     ),
     ([A, B | {"rdma": [0]}], r"hosts\[1\] .*: `rdma` is not a list of devices and null; fix it"),
     ({"hosts": [A, B], "envs": {"A": "1"}}, r'envs: is not a list; write \["NAME=value"\]'),
