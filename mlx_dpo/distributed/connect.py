@@ -43,7 +43,7 @@ def connect() -> Ranks:
     timeout = find_timeout(os.environ)
     phases.announce("Connecting to the other ranks")
     with _ended_after(timeout):
-        with _kept_from_children():
+        with _close_in_children():
             ranks = Ranks.from_environment()
         if ranks.is_alone:
             return ranks
@@ -126,7 +126,7 @@ def _ended_after(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_from_children() -> Iterator[None]:
+def _close_in_children() -> Iterator[None]:
     """Keep the sockets that MLX opens in the block out of the children of this process.
 
     A child that holds the socket of a rank would hide the end of the rank.

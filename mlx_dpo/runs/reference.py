@@ -23,6 +23,7 @@ from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import remove_abandoned
 from mlx_dpo.io.notices import notify_once
 from mlx_dpo.losses.metrics import EVAL_PREFIX, to_public_names
+from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
@@ -39,7 +40,6 @@ from mlx_dpo.runs.distributed.peers import Peers
 from mlx_dpo.runs.distributed.shard_base import compare_with_whole, model_loader
 from mlx_dpo.runs.folder import RunPaths, reference_provenance
 from mlx_dpo.runs.inputs import (
-    NO_DATASETS,
     Datasets,
     Inputs,
     check_context_length,
@@ -150,8 +150,12 @@ def reference_logps_of_split(
     if not run.config.needs_reference:
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
 
+    path = run.paths.reference_logps(split)
+
     def compute() -> PairLogps:
         if run.config.reference_model is not None:
+            if split not in run.reference_model_logps:  # stored, but not for these pairs
+                raise RunError(f"{path}: lacks pairs that the run needs; remove the file")
             return run.reference_model_logps[split]
         device, ranks = run.record["provenance"]["device_and_dtype"], run.choice.ranks
         return reference_logps(
@@ -163,7 +167,6 @@ def reference_logps_of_split(
             progress=progress,
         )
 
-    path = run.paths.reference_logps(split)
     store = LogpsFile(path, len(pairs), run.choice.ranks)
     return stored_logps(store, indices, compute, progress)
 
@@ -260,40 +263,59 @@ def load_reference_model(config: DPOConfig, peers: Peers | None = None) -> Loade
     )
 
 
-def compute_reference_model_logps(
-    config: DPOConfig,
-    datasets: Datasets = NO_DATASETS,
-    day: date | None = None,
-    *,
-    resumed: bool = False,
-    peers: Peers | None = None,
-) -> tuple[dict[str, PairLogps], str]:
+class StartedRun(Protocol):
+    """What of a `DPOTrainer` `compute_reference_model_logps` reads."""
+
+    config: DPOConfig
+    datasets: Datasets
+    paths: RunPaths
+    peers: Peers
+    earlier: dict[str, Any] | None
+
+
+def compute_reference_model_logps(run: StartedRun, day: date) -> tuple[dict[str, PairLogps], str]:
     """Return the log-probs of the training and held-out pairs under the setting `reference_model`.
 
     The log-probs are given by split name, `train` or `valid`, (len(pairs),) each; those of training
-    pairs that no step sees are NaN. The second result is the digest of the reference model. The
-    weights of the policy are not loaded.
+    pairs that no step sees are NaN. They are empty for a resumed run that has stored all of them.
+    The second result is the digest of the reference model. The weights of the policy are not
+    loaded.
 
     Args:
-        resumed: whether the run has begun earlier, and keeps the order that it began with.
-        peers: the ranks of the run, which share the work.
+        day: day that the chat template prints.
 
     Raises:
         ConfigError: the tokenizers of the two models differ, an example is longer than a model's
             context length, or pairs come from standard input.
     """
+    config = run.config
+    if _has_stored_logps(run):
+        assert config.reference_model is not None
+        trusted = config.trust_remote_code
+        path = resolve_model(config.reference_model, trust_remote_code=trusted)
+        return {}, model_fingerprint(path)
     if STDIN in (*config.pairs, config.valid):
         raise ConfigError(
             f"`{STDIN}`: pairs are read twice with `reference_model`, and standard input once; "
             "write them to a file"
         )
     load_shapes = partial(load_trainable_base, load=load_empty_model)
-    inputs = load_inputs(config, read=load_shapes, datasets=datasets, day=day)
+    inputs = load_inputs(config, read=load_shapes, datasets=run.datasets, day=day)
     config = with_max_length(config, inputs.base)
-    if not resumed:
+    if run.earlier is None:  # a resumed run keeps the order that it began with
         config, _ = with_grouping(config, inputs.train)
-    other, tokenizer = load_reference_model(config, peers), inputs.base.tokenizer
-    return compute_logps_of_splits(config, other, tokenizer, inputs.splits, peers)
+    other, tokenizer = load_reference_model(config, run.peers), inputs.base.tokenizer
+    return compute_logps_of_splits(config, other, tokenizer, inputs.splits, run.peers)
+
+
+def _has_stored_logps(run: StartedRun) -> bool:
+    """Return whether the folder of a resumed run has the reference log-probs of each split."""
+    counts: Mapping[str, int] = (run.earlier or {}).get("counts") or {}
+    found = bool(counts) and all(
+        read_logps(run.paths.reference_logps(split), count) is not None
+        for split, count in counts.items()
+    )
+    return bool(run.peers.ranks.broadcast_json("stored log-probs", found))
 
 
 def compute_logps_of_splits(

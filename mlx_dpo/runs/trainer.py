@@ -190,13 +190,7 @@ class DPOTrainer:
         reset_peak_memory()  # earlier work of the same process does not count
         start, day = start_adapter_provenance(self.config), share_day(self.ranks, self.earlier)
         if self.config.reference_model is not None:
-            self.reference_model_logps, digest = compute_reference_model_logps(
-                self.config,
-                self.datasets,
-                day,
-                resumed=self.earlier is not None,
-                peers=self.peers,
-            )
+            self.reference_model_logps, digest = compute_reference_model_logps(self, day)
             start |= {"reference_model": digest}
         load = base_loader(self.config, self.peers, self.earlier)
         self.inputs: Inputs = load_inputs(self.config, read=load, datasets=self.datasets, day=day)

@@ -66,6 +66,7 @@ def test_the_reference_is_loaded_once_and_freed_before_the_policy_is_loaded(
     _, rows = train(against_other, stop_after=2)
     assert loaded_sources == [against_other.reference_model, against_other.model]
     _, more = train(against_other, resume=True)
+    assert loaded_sources.count(against_other.reference_model) == 1  # the folder has the log-probs
     straight = replace(against_other, output=against_other.output + "-2")
     _, expected = train(straight)
     assert [r["loss"] for r in rows + more if "loss" in r] == [
