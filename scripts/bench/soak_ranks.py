@@ -405,7 +405,7 @@ def now() -> str:
 
 
 def main(arguments: Sequence[str] | None = None, ask: Callable[[str], object] = input) -> int:
-    """Run until the time is over; return 1 if a run failed or differed."""
+    """Run until the time is over; return 1 if a run, or the link, failed."""
     options = parse(arguments)
     until = time.monotonic() + 60 * options.minutes
     try:
@@ -427,7 +427,8 @@ def main(arguments: Sequence[str] | None = None, ask: Callable[[str], object] = 
     summary = soak.results["summary"]
     print(json.dumps(summary))
     print(f"Written to {options.output}; please send it with an issue.")
-    return 0 if all(attempt["ok"] for attempt in soak.attempts) else 1
+    link_ok = all(link["test"]["ok"] for link in soak.results["links"])
+    return 0 if link_ok and all(attempt["ok"] for attempt in soak.attempts) else 1
 
 
 if __name__ == "__main__":
