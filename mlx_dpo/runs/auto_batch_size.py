@@ -138,7 +138,8 @@ def choose_passes(
     fitted = _choose_micro_batch_size(inputs, config, choice, earlier, room)
     with peers.sharing_errors():
         if not force:
-            _check_fits(fitted, longest_row(inputs.train))
+            can_shard = not peers.ranks.is_alone and not is_sharded(inputs.base.model)
+        _check_fits(fitted, longest_row(inputs.train), can_shard=can_shard)
     if fitted.config.recompute and not config.recompute:
         choice = _choose_shared_scorer(inputs, fitted.config, earlier, peers)
     return replace(choice, passes_at_once=fitted.passes_at_once), fitted
@@ -340,18 +341,20 @@ def candidate_settings(config: DPOConfig, larger: Sequence[int] = ()) -> Iterato
             yield replace(config, micro_batch_size=size, recompute=recompute)
 
 
-def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
+def _check_fits(fitted: MicroBatchFit, longest: int, *, can_shard: bool) -> None:
     """Raise `ConfigError` if the longest pairs do not fit into memory.
 
     The message says what to change.
 
     Args:
         longest: number of tokens of the longest example, for the message.
+        can_shard: whether the weights could be sharded over the ranks, and are not.
     """
     if fitted.fits:
         return
     config = fitted.config
     less = [
+        *(["--shard-base"] if can_shard and config.fine_tune_type != "full" else []),
         f"--max-length below {longest}",
         *(["--recompute"] if not config.recompute else []),
         *(["--micro-batch-size 1"] if config.pass_limit.pairs != 1 else []),

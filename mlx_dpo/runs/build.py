@@ -21,6 +21,7 @@ from mlx_dpo.data.batches.order import PairOrder, group_numbers
 from mlx_dpo.data.columns import LENGTHS, column, longest_pairs, prompt_keys
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.context import context_length
+from mlx_dpo.io.notices import notify_once
 from mlx_dpo.models.device import device_kind, is_cpu
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
@@ -309,7 +310,11 @@ def make_answer_sampler(
         DamagedFileError: the samples file is damaged.
     """
     base = inputs.base
-    if is_sharded(base.model):  # each token would gather all weights
+    if is_sharded(base.model):
+        if config.sample_count and inputs.valid:
+            notify_once(
+                "answers are not sampled: with `shard_base` each token would gather all weights"
+            )
         return None
     sampler = AnswerSampler.for_pairs(
         inputs.valid,

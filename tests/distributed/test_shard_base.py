@@ -6,7 +6,13 @@ import pytest
 
 from mlx_dpo import DPOConfig
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.profiling.device_memory import MemoryBudget
+from mlx_dpo.profiling.memory import parameter_bytes
+from mlx_dpo.runs.distributed import shard_base
+from mlx_dpo.runs.distributed.peers import Peers
+from mlx_dpo.runs.distributed.shard_base import choose_ranks
 from tests.distributed.run_cases import RATED, SYNCED, differences
+from tests.scoring.sharded_models import RanksInTurn, build
 
 RECOMPUTE = {"recompute": True, "shard_base": None, "samples": 0}
 SHARDED = {"recompute": True, "shard_base": True}
@@ -55,6 +61,23 @@ def test_a_sharded_run_is_resumed_without_shards_and_the_other_way(runs, before,
     found = runs[after].results("resumed", changes | SHARDED, start=run)
     shutil.rmtree(run.parents[2])
     assert differences(expected, found | {"setting shard_base": None}) == []
+
+
+def test_a_model_is_sharded_if_its_weights_do_not_fit_on_one_rank(monkeypatch):
+    """Each rank has a machine of its own; the models have 4 bytes per parameter on the CPU."""
+    model = build("llama")
+    seen = {}
+    peers = Peers(RanksInTurn(0, 2, seen), [{"host": "a"}, {"host": "b"}])
+    settings = {"model": "m", "pairs": ("p",), "output": "o"}
+    for share, fits in ((0.9, False), (0.5, True)):
+        seen.clear()
+        room = MemoryBudget(int(parameter_bytes(model) / share), "")
+        monkeypatch.setattr(shard_base, "available_memory", lambda room=room: room)
+        chosen = choose_ranks(DPOConfig(**settings), peers)(model)
+        assert (chosen is None) is fits
+        seen.clear()
+        assert choose_ranks(DPOConfig(**settings, fine_tune_type="full"), peers)(model) is None
+        assert choose_ranks(DPOConfig(**settings, shard_base=False), peers)(model) is None
 
 
 def test_settings_that_contradict_shard_base():
