@@ -245,7 +245,9 @@ class _Launch:
         rank.status = status
         for other in self._running():
             other.send(f"{ENDED} {rank.number} {status}")
-        if status != 0 and status not in STOPPED:
+        # Before the first step, a rank ends by SIGTERM as any program does.
+        was_stopped = status in STOPPED or (self._stops and -status in STOP_SIGNALS)
+        if status != 0 and not was_stopped:
             self._failed.append(rank)
             self._set_deadline(GRACE_SECONDS)
         elif rank.number == 0 and status == 0:

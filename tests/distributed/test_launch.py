@@ -25,7 +25,9 @@ def save_and_stop(number, frame):
     print("rank", rank, "stops", flush=True)
     time.sleep(0.2)
     sys.exit(128 + number)
-if plan != "deaf":
+if plan == "plain":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+elif plan != "deaf":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, save_and_stop)
 else:
@@ -71,6 +73,12 @@ def test_a_signal_stops_all_ranks(tmp_path, number, code):
         launcher.until_all_run().process.send_signal(number)
         returned, output, errors = launcher.result()
     assert (returned, output, errors) == (code, "rank 0 stops\n", "")
+
+
+def test_ranks_that_end_by_the_signal_have_not_failed(tmp_path):
+    with Launcher(tmp_path, 2, RANK_PROGRAM, "0=plain", "1=plain") as launcher:
+        launcher.until_all_run().process.terminate()
+        assert launcher.result() == (143, "", "")
 
 
 def test_a_second_signal_kills_all_ranks(tmp_path):

@@ -128,6 +128,12 @@ def check_run_settings(peers: Peers, run: StartedRun) -> None:
         raise peers.shared(
             ConfigError(f"`{STDIN}`: several ranks cannot share standard input; name a file")
         )
+    size, pairs = peers.ranks.size, run.config.batch_size
+    if size > pairs:
+        notify(
+            f"{size} ranks are more than the {pairs} pair{'s' * (pairs != 1)} of a step "
+            "(--batch-size), so that in each step some of them compute no gradient"
+        )
 
 
 def share_day(ranks: Ranks, earlier: Mapping[str, Any] | None) -> date:
