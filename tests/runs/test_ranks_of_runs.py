@@ -29,6 +29,14 @@ def test_ranks_are_described_by_host_with_what_they_send():
     assert first[1].startswith("steps have fewer passes than there are ranks")
 
 
+def test_a_divided_base_is_named():
+    found = peers("a", "b")
+    found.ranks.in_lockstep = True
+    line = "each rank holds a part of the frozen weights, gathered block by block"
+    assert line in describe_ranks(found, 4, 1)
+    assert line not in describe_ranks(peers("a", "b"), 4, 1)
+
+
 def test_ranks_on_different_chips_are_not_called_exact():
     assert EXACT not in describe_ranks(peers("a", "b", other_chip="M7"), 4, 1)
 

@@ -30,6 +30,8 @@ def describe_ranks(peers: Peers, passes: float, gradient_bytes: int) -> list[str
         f"{ranks.size} on {where}, by {ranks.backend}; {passes:.2g} passes per step in about "
         f"{rounds} round{'s' * (rounds != 1)}; each rank sends about {format_bytes(sent)} per step"
     ]
+    if ranks.in_lockstep:
+        lines.append("each rank holds a part of the frozen weights, gathered block by block")
     if passes < ranks.size:
         lines.append(
             "steps have fewer passes than there are ranks, so ranks wait: use a smaller "
