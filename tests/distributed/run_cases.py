@@ -16,17 +16,17 @@ from mlx_dpo.models.load import load_model
 from mlx_dpo.reporting.metrics_log import read_metrics
 from tests.checkpoints import make_checkpoint
 
-# 12 training pairs: steps of 5, 5 and 2 pairs, so 3, 3 and 1 passes. The last step of an epoch has
-# fewer passes than there are ranks.
+# 12 training pairs: steps of 9 and 3 pairs, so 5 and 2 passes. With five, the order of sums shows
+# on two and on three ranks; the last step of an epoch has fewer passes than three ranks.
 BASIC = {
     "model": "base",
     "pairs": ["pairs.jsonl"],
     "output": "run",
     "valid_fraction": 0.25,
-    "batch_size": 5,
+    "batch_size": 9,
     "micro_batch_size": 2,
     "learning_rate": 1e-3,
-    "epochs": 2,
+    "epochs": 3,
     "save_steps": 2,
     "save_total_limit": 9,
     "lora_r": 4,

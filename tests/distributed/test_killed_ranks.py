@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 
 # 24 steps: a kill has many steps, evaluations and checkpoints to meet.
 LONG = {
-    "epochs": 8, "lora_dropout": 0.2, "save_steps": 2, "save_total_limit": 2, "eval_steps": 3,
+    "epochs": 12, "lora_dropout": 0.2, "save_steps": 2, "save_total_limit": 2, "eval_steps": 3,
     "logging_steps": 1,
 }  # fmt: skip
 TOTAL = 24

@@ -30,7 +30,7 @@ def stopped_run(runs, count, changes, step):
 
 
 def test_a_run_stopped_on_two_ranks_goes_on_with_three_and_with_one(runs):
-    changes = EVERY_STEP | RESUMED["dropout"] | {"epochs": 1}
+    changes = EVERY_STEP | RESUMED["dropout"] | {"epochs": 2}
     expected = runs[1].results("straight", changes)
     run = stopped_run(runs, 2, changes, 2)
     for count in (1, 3):
