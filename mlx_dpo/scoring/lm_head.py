@@ -13,8 +13,9 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.io.arrays import Arrays, named_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays, random_state
 from mlx_dpo.models.device import is_cpu
+from mlx_dpo.models.restore import preserved_random_state
 from mlx_dpo.scoring.backbone import ModelParts
 from mlx_dpo.scoring.kernels.softmax import target_logps
 from mlx_dpo.scoring.logps import log_weights
@@ -175,10 +176,14 @@ def _logps_with_recomputed_gradient(
         finally:
             parts.model.update(tree_unflatten([(name, current[name]) for name in parameters]))
 
+    states: list[mx.array] = []  # the random state before each chunk: dropout is drawn again
+
     @mx.custom_function
     def forward(values: list[mx.array], hidden: mx.array) -> mx.array:
         outputs: list[mx.array] = []
+        states.clear()
         for rows in chunks:
+            states.append(mx.array(random_state()))
             outputs.append(logps(values, _evaluated_after(hidden[rows], outputs[-1:]), rows))
         return mx.concatenate(outputs)
 
@@ -187,13 +192,14 @@ def _logps_with_recomputed_gradient(
         values, hidden = primals
         sums = [mx.zeros_like(value) for value in values]  # gradients of the parameters
         hidden_gradients = [output]  # the first chunk waits for the forward pass
-        for rows in chunks:
+        for rows, state in zip(chunks, states, strict=True):
             chunk = _evaluated_after(hidden[rows], [hidden_gradients[-1], *sums])
-            _, gradients = mx.vjp(
-                lambda *inputs, rows=rows: logps(list(inputs[:-1]), inputs[-1], rows),
-                [*values, chunk],
-                [cotangent[rows]],
-            )
+            with preserved_random_state(state):
+                _, gradients = mx.vjp(
+                    lambda *inputs, rows=rows: logps(list(inputs[:-1]), inputs[-1], rows),
+                    [*values, chunk],
+                    [cotangent[rows]],
+                )
             *parameter_gradients, hidden_gradient = gradients
             sums = [total + new for total, new in zip(sums, parameter_gradients, strict=True)]
             hidden_gradients.append(hidden_gradient)

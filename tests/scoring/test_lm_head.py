@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.scoring import lm_head as head
 from mlx_dpo.scoring.backbone import UnsupportedModelError, split_backbone
 from mlx_dpo.scoring.lm_head import chunked_logps, trainable_head_parameters
@@ -253,3 +254,28 @@ def test_the_gradient_of_the_logits_is_written_once(tiny_llama, hidden, targets,
     mx.export_to_dot(str(graph), gradient)
     counts = [graph.read_text().count(f'"{name}') for name in ("Scatter", "Gather")]
     assert counts == [1, 0]
+
+
+def test_dropout_of_the_head_is_the_same_in_both_passes(hidden, targets, chunks_of_four):
+    """The backward pass runs each chunk again, with the random numbers of the forward pass."""
+    model = make_llama()
+    attach_adapters(model, rank=2, scale=2.0, dropout=0.5, target_modules=["embed_tokens"])
+    layer = model.model.embed_tokens  # also the head
+    layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(3))
+    model.train()
+    parts = split_backbone(model)
+
+    def chunked(policy):
+        return chunked_logps(parts, hidden, targets, vocab_size=VOCAB, gradients=True).sum()
+
+    def by_chunk(policy):
+        rows = [slice(start, start + 4) for start in range(0, ROWS, 4)]
+        return sum(autodiff(parts, hidden[part], targets[part]).sum() for part in rows)
+
+    found = []
+    for function in (chunked, by_chunk):
+        mx.random.seed(5)
+        value, gradients = nn.value_and_grad(model, function)(model)
+        found.append(dict(tree_flatten(gradients)) | {"value": value})
+    for name, expected in found[1].items():
+        assert mx.allclose(found[0][name], expected, rtol=1e-4, atol=1e-4), name
