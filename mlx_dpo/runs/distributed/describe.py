@@ -31,7 +31,7 @@ def describe_ranks(peers: Peers, passes: float, gradient_bytes: int) -> list[str
         f"{rounds} round{'s' * (rounds != 1)}; each rank sends about {format_bytes(sent)} per step"
     ]
     if ranks.in_lockstep:
-        lines.append("each rank holds a part of the frozen weights, gathered block by block")
+        lines[0] += " of gradients, and its part of the frozen weights in each pass"
     if passes < ranks.size:
         lines.append(
             "steps have fewer passes than there are ranks, so ranks wait: use a smaller "
