@@ -51,6 +51,7 @@ from mlx_dpo.runs.inputs import (
 )
 from mlx_dpo.scoring.generation_match import computes_with_caches
 from mlx_dpo.scoring.select_scorer import ScorerChoice
+from mlx_dpo.startup import openblas
 from mlx_dpo.training.logps_cache import labels, read_logps, write_logps
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.training.reference_logps import (
@@ -93,10 +94,18 @@ def reference_cache(
     function = " with KV caches" if computes_with_caches(model) else ""
     return ReferenceCache(
         folder=warn_if_no_cache(places.reference_cache_folder()),
-        provenance=reference_provenance(record, device_and_dtype) + function,
+        provenance=reference_provenance(record, device_and_dtype) + function + _threads(),
         labels=labels(_model_name(record), device_and_dtype),
         ranks=ranks,
     )
+
+
+def _threads() -> str:
+    """Return the number of BLAS threads, on which last bits depend, if it is not the default."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = openblas.num_threads()
+    # Earlier versions did not write the number, so that their caches have the default.
+    return f" with {threads} BLAS threads" if threads not in (0, cores) else ""
 
 
 def warn_if_no_cache(cache: Path | None) -> Path | None:
