@@ -188,7 +188,7 @@ class DPOTrainer:
         The log-probs of a separate reference model are computed first; then it is freed.
         """
         reset_peak_memory()  # earlier work of the same process does not count
-        start, day = start_adapter_provenance(self.config), share_day(self.ranks, self.earlier)
+        day, start = share_day(self.ranks, self.earlier), start_adapter_provenance(self.config)
         if self.config.reference_model is not None:
             self.reference_model_logps, digest = compute_reference_model_logps(self, day)
             start |= {"reference_model": digest}

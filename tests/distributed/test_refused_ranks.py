@@ -85,12 +85,19 @@ def test_another_version_on_a_rank_is_refused(two, package):
 
 
 @pytest.mark.slow
-def test_pairs_that_a_rank_does_not_have_are_an_error_that_names_it(two, inputs):
-    folder = two.folder / "missing" / "rank-0"
+@pytest.mark.parametrize(
+    ("setting", "file"),
+    [("pairs", "pairs.jsonl"), ("model", "base"), ("start_adapter", "start")],
+)
+def test_an_input_that_a_rank_does_not_have_is_an_error_that_names_it(two, inputs, setting, file):
+    name = f"no {file}"
+    folder = two.folder / name / "rank-0"
     folder.mkdir(parents=True)
-    shutil.copy(inputs / "pairs.jsonl", folder)
-    main, _ = refused(two, "missing", each=[{"pairs": ["../pairs.jsonl"]}] * 2)
-    assert names_both(main, 1, "pairs.jsonl"), main
+    (folder / file).symlink_to(inputs / file)
+    changes = CHECKED | ({"lora_r": None} if setting == "start_adapter" else {})
+    path = [f"../{file}"] if setting == "pairs" else f"../{file}"
+    main, _ = refused(two, name, changes=changes, each=[{setting: path}] * 2)
+    assert names_both(main, 1, f"../{file}"), main
 
 
 # --- what may differ -----------------------------------------------------------------------------

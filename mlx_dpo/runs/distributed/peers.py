@@ -64,6 +64,14 @@ class Peers:
                         f" on {self.name(0)}; {advice}"
                     )
 
+    def any(self, name: str, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank.
+
+        Raises:
+            SharedError: another rank has failed before its comparison.
+        """
+        return any(row[name] for row in self._agree({name: bool(flag)}))
+
     @contextmanager
     def sharing_errors(self, kinds: tuple[type[Exception], ...] = (DPOError,)) -> Iterator[None]:
         """Raise an error on all ranks if one of them raises one in the block.

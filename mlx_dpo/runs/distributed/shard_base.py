@@ -95,7 +95,7 @@ def choose_ranks(config: DPOConfig, peers: Peers) -> ChooseRanks:
         room = available_memory().shared_by(peers.on_this_host).bytes
         # On the CPU, weights are going to be unpacked.
         needed = 4 * total_parameters(model) if is_cpu() else parameter_bytes(model)
-        is_large = ranks.any("size of the model", needed > LARGEST_SHARE * room)
+        is_large = peers.any("the model is large", needed > LARGEST_SHARE * room)
         return ranks if is_large and can_shard else None
 
     return choose
