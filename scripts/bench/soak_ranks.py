@@ -59,6 +59,7 @@ COMMON = (
 )  # fmt: skip
 CASES = {
     "sigmoid": (),
+    "part of the base": ("--recompute",),
     "large adapters": ("--lora-r", "64"),
     "last round not full": ("--batch-size", "10"),
     "dropout": ("--lora-dropout", "0.2"),
@@ -67,6 +68,8 @@ CASES = {
     "full": ("--fine-tune-type", "full", "--learning-rate", "1e-5"),
     "moving reference": ("--sync-ref-model", "--sync-steps", "2", "--use-weighting"),
 }
+
+ON_RANKS = {"part of the base": ("--shard-base",)}  # added for several ranks
 
 
 class Ended(NamedTuple):
@@ -162,7 +165,7 @@ class Soak:
     ) -> Attempt:
         expected = self._expected(case, steps)
         output = self.folder / f"run-{len(self.attempts)}"
-        train = [*train_words(output, steps), *CASES[case]]
+        train = [*train_words(output, steps), *CASES[case], *ON_RANKS.get(case, ())]
         ended_after, began = None, time.monotonic()
         if ask is not None:
             process = self._start([*train, *self._ranks(), "--rank-timeout", str(ASKED_TIMEOUT)])
