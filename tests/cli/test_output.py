@@ -23,8 +23,9 @@ WRITERS = {  # the only modules that may write to stdout and stderr
     "cli/cache.py": {"click.confirm"},  # its text is a literal
     "cli/chat/prompt.py": {"input"},
     "cli/collect/__init__.py": {"input"},
-    # A program of the standard library alone, which runs on another host and answers in JSON.
-    "distributed/hosts/sent/facts.py": {"sys.stdout.write"},
+    # Programs of the standard library alone, which run on another host.
+    "distributed/hosts/sent/facts.py": {"sys.stdout.write"},  # JSON
+    "distributed/hosts/sent/run_rank.py": {"sys.stderr.write"},
 }
 FORBIDDEN = re.compile(
     r"(?:rich\.)?print|pprint|input|click\.(?:echo|secho|echo_via_pager|confirm|prompt|progressbar)"

@@ -247,7 +247,8 @@ def test_an_interrupt_saves_one_common_step(place, count, target):
         assert code == 130, run.text()
         assert "Traceback" not in run.text()
     assert not is_finished(output)
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").open()]
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert (output / "checkpoints" / f"step-{max(steps):06d}" / "state.json").exists()
     assert place.finish(3, output) == []
 
