@@ -26,7 +26,7 @@ from mlx_dpo.cli.output import (
 )
 from mlx_dpo.distributed import heartbeats
 from mlx_dpo.distributed.environment import find_rank
-from mlx_dpo.distributed.launched import divert_native_output
+from mlx_dpo.distributed.launcher_pipe import divert_native_output
 from mlx_dpo.errors import ConfigError, DPOError, shows_tracebacks
 from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.io.write_errors import describe_disk_error

@@ -40,7 +40,7 @@ def commands_on_hosts(
         place = replace(place, python=wanted.host_python)
     if wanted.host_folder is not None:
         place = replace(place, folder=wanted.host_folder)
-    with phase("Looking at the hosts"):
+    with phase("Checking the hosts"):
         checked = check_hosts(file, place, inputs, wanted.starting_port)
     if checked.problems:
         for line in checked.problems[:-1]:

@@ -46,7 +46,7 @@ def doctor(as_json: bool, **flags: Any) -> None:
     """
     start_ranks(RanksFlags.pop(flags))
     if find_rank(os.environ) is not None:
-        from mlx_dpo.cli.link import try_link
+        from mlx_dpo.cli.doctor_link import try_link
 
         sys.exit(try_link(as_json=as_json))
 

@@ -9,7 +9,7 @@ from mlx_dpo.cli.output import print_error, print_line_of_library, show_cursor
 from mlx_dpo.cli.ranks_flags import RanksFlags
 from mlx_dpo.distributed.environment import RANK_TIMEOUT, find_rank
 from mlx_dpo.distributed.launch import RankCommand, launch, ring_on_this_machine
-from mlx_dpo.distributed.launched import is_launched, obey_launcher
+from mlx_dpo.distributed.launcher_pipe import is_launched, obey_launcher
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.phases import paused
 

@@ -103,13 +103,13 @@ Options = tuple[bool, bool, bool]  # resume, overwrite, force
 def _share(resolve_here: Callable[[], tuple[DPOConfig, Options]]) -> tuple[DPOConfig, Options]:
     """Return the settings and the flags of rank 0; `resolve_here` is called on rank 0 alone."""
     from mlx_dpo.distributed.connect import connect
-    from mlx_dpo.runs.distributed.handshake import meet, share_settings
+    from mlx_dpo.runs.distributed.handshake import compare_machines, share_settings
 
     def resolve_to_json() -> tuple[dict[str, Any], Options]:
         config, options = resolve_here()
         return config.to_dict(), options
 
-    peers = meet(connect())
+    peers = compare_machines(connect())
     values, options = share_settings(peers, resolve_to_json, (DPOError, click.ClickException))
     resume, overwrite, force = options
     return DPOConfig.from_dict(values), (resume, overwrite, force)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mlx_dpo import phases
-from mlx_dpo.distributed import heartbeats, launched
+from mlx_dpo.distributed import heartbeats, launcher_pipe
 from mlx_dpo.distributed.control_line import Link, Listener, connect_to
 from mlx_dpo.distributed.environment import find_backend, find_timeout
 from mlx_dpo.distributed.heartbeats import VERDICT_SECONDS, Heartbeats
@@ -39,7 +39,7 @@ def connect() -> Ranks:
     """
     if find_backend(os.environ) is None:
         return Ranks()
-    launched.obey_launcher()
+    launcher_pipe.obey_launcher()
     timeout = find_timeout(os.environ)
     phases.announce("Connecting to the other ranks")
     with _ended_after(timeout):
@@ -68,7 +68,7 @@ def _start_heartbeats(ranks: Ranks, timeout: float) -> Heartbeats:
     control_line = Heartbeats(ranks, hosts, peer, timeout)
     heartbeats.use(control_line)
     phases.watch(control_line.note_phase)
-    launched.call_when_gone(control_line.end_without_launcher)
+    launcher_pipe.call_when_gone(control_line.end_without_launcher)
 
     def explain_loss(message: str) -> RanksError:
         """Wait for the verdict on the rank that MLX has lost, which ends this process."""

@@ -1,8 +1,8 @@
 """What ranks cost and gain: bytes sent, memory and time of a step, in closed form.
 
-The sums of a step are exact because each rank gets the gradient of each pass and adds them in the
-order of the passes. A single sum over all ranks would send less, but in an order that depends on
-their number.
+The sums of a step are exact because each rank gets the gradient of each pass (all-gather) and adds
+them in the order of the passes. An all-reduce would send less, but it adds in an order that depends
+on the number of ranks.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ EXACTNESS_LIMIT = 0.1  # share of a step that exact sums may take before `plan` 
 
 
 @dataclass(frozen=True)
-class Link:
-    """A kind of connection between two machines, with the speed that one rank sends at."""
+class LinkKind:
+    """A kind of connection between two machines, with the speed at which a rank sends."""
 
     name: str
     bytes_per_second: float
@@ -24,9 +24,9 @@ class Link:
 # Thunderbolt: 48 Gbit/s, which the author of MLX's ring measured with one cable (pull request 1985
 # of ml-explore/mlx). Ethernet: the nominal speed less about a tenth. We measured none of them.
 LINKS = (
-    Link("Thunderbolt", 6e9),
-    Link("10 Gbit/s Ethernet", 1.1e9),
-    Link("1 Gbit/s Ethernet", 0.115e9),
+    LinkKind("Thunderbolt", 6e9),
+    LinkKind("10 Gbit/s Ethernet", 1.1e9),
+    LinkKind("1 Gbit/s Ethernet", 0.115e9),
 )
 
 
@@ -44,10 +44,10 @@ def gathered_gradient_bytes(passes: int, ranks: int, gradient_bytes: int) -> int
     return count_rounds(passes, ranks) * (ranks - 1) * gradient_bytes
 
 
-def summed_gradient_bytes(ranks: int, gradient_bytes: int) -> int:
-    """Return the bytes that each rank would send in a step for a single sum in a ring.
+def all_reduced_gradient_bytes(ranks: int, gradient_bytes: int) -> int:
+    """Return the bytes that each rank would send in a step for an all-reduce in a ring.
 
-    Each rank sends (N - 1) / N of the gradient to add it up and as much again to spread the sum.
+    Each rank sends (N - 1) / N of the gradient to add it up, and as much again to share the sum.
     """
     return 2 * (ranks - 1) * gradient_bytes // ranks
 
@@ -116,7 +116,7 @@ def idle_share(passes: Sequence[int], ranks: int) -> float:
     return 1 - sum(passes) / turns
 
 
-def speedup(step_seconds: float, share: float, sent_bytes: float, link: Link) -> float:
+def speedup(step_seconds: float, share: float, sent_bytes: float, link: LinkKind) -> float:
     """Return how many times faster a step on several ranks is than on one.
 
     Args:
@@ -128,14 +128,14 @@ def speedup(step_seconds: float, share: float, sent_bytes: float, link: Link) ->
 
 
 def exactness_share(
-    compute_seconds: float, gathered_bytes: float, summed_bytes: float, link: Link
+    compute_seconds: float, gathered_bytes: float, all_reduced_bytes: float, link: LinkKind
 ) -> float:
-    """Return the share of a step that exact sums take beyond what a single sum would take.
+    """Return the share of a step that exact sums take beyond what an all-reduce would take.
 
     Args:
         compute_seconds: time of the passes of a step on several ranks.
         gathered_bytes: bytes that each rank sends for the exact sum.
-        summed_bytes: bytes that each rank would send for a single sum.
+        all_reduced_bytes: bytes that each rank would send for an all-reduce.
     """
     step = compute_seconds + gathered_bytes / link.bytes_per_second
-    return max(0.0, gathered_bytes - summed_bytes) / link.bytes_per_second / step
+    return max(0.0, gathered_bytes - all_reduced_bytes) / link.bytes_per_second / step

@@ -2,9 +2,9 @@
 
 MLX waits without end for a rank that hangs, sleeps or, with three ranks and more, died. A thread of
 each rank therefore sends a message per second over a connection of its own (`control_line.py`).
-Rank 0 judges the others (`verdict.py`); if it is lost itself, each of the others does. The process
-then ends by `os._exit`, because a thread that waits in MLX cannot be interrupted; the run resumes
-from its last checkpoint.
+Rank 0 judges the others by the rules of `lost_ranks.py`; each of the others judges rank 0. If a
+rank is lost, the processes end by `os._exit`, because a thread that waits in MLX cannot be
+interrupted. The run resumes from its last checkpoint.
 """
 
 import os
@@ -18,10 +18,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mlx_dpo import phases
-from mlx_dpo.distributed import launched
+from mlx_dpo.distributed import launcher_pipe
 from mlx_dpo.distributed.control_line import Link, Listener, Message
-from mlx_dpo.distributed.launched import LOST, describe_end
-from mlx_dpo.distributed.verdict import RankState, find_stall, is_missing, is_silent
+from mlx_dpo.distributed.launcher_pipe import LOST, describe_end
+from mlx_dpo.distributed.lost_ranks import RankState, find_stall, is_missing, is_silent
 from mlx_dpo.io.notices import LOGGER
 
 if TYPE_CHECKING:
@@ -244,8 +244,8 @@ class Heartbeats:
         elif link is None and is_silent(state, now, self._timeout):
             self._lose(state, f"did not connect within {self._timeout:.0f} s")
         elif link is not None and not link.is_open:
-            status = launched.ended_ranks.get(rank)
-            if self._has_waited(now) or status is not None or not launched.is_launched():
+            status = launcher_pipe.ended_ranks.get(rank)
+            if self._has_waited(now) or status is not None or not launcher_pipe.is_launched():
                 self._lose(state, describe_end(status))
         elif is_silent(state, now, self._timeout):
             self._lose(state, f"has been silent for {now - state.seen_at:.0f} s")
@@ -263,7 +263,7 @@ class Heartbeats:
                 self._interrupted = (now, state.exit_code)
                 self._send({"interrupt": state.exit_code})
         elif self._has_waited(now):
-            status = launched.ended_ranks.get(self._states.index(state), state.exit_code)
+            status = launcher_pipe.ended_ranks.get(self._states.index(state), state.exit_code)
             self._lose(state, f"{describe_end(status)} before the others")
 
     def _has_waited(self, now: float) -> bool:
@@ -276,9 +276,9 @@ class Heartbeats:
         """Interrupt this rank like the one that was; end the process if it waits in MLX."""
         if self._is_leaving or now - since < AGREE_SECONDS:
             return
-        if not self._sent_interrupt and not launched.stops:
+        if not self._sent_interrupt and not launcher_pipe.stops:
             self._sent_interrupt = True
-            launched.signal_main_thread(signal.SIGINT)
+            launcher_pipe.signal_main_thread(signal.SIGINT)
         if now - since > AGREE_SECONDS + INTERRUPT_SECONDS:
             self._end("the run was interrupted" + self._advice(), code)
 

@@ -1,6 +1,6 @@
 """Start the ranks of a run, stop them together, and end all of them when one fails.
 
-The launcher computes nothing and imports no MLX. `launched.py` is the other end of its pipes.
+The launcher computes nothing and imports no MLX. `launcher_pipe.py` is the other end of its pipes.
 """
 
 import json
@@ -20,7 +20,14 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from mlx_dpo.distributed.environment import RANK
-from mlx_dpo.distributed.launched import ENDED, LAUNCHED, LOST, NATIVE_OUTPUT, STOP, describe_end
+from mlx_dpo.distributed.launcher_pipe import (
+    ENDED,
+    LAUNCHED,
+    LOST,
+    NATIVE_OUTPUT,
+    STOP,
+    describe_end,
+)
 from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.startup.jit_cache import user_environment
 

@@ -27,7 +27,7 @@ class LinkEstimate:
     name: str
     seconds: float  # per step, in which ranks send and do not compute
     speedup: float  # against one rank
-    exactness: float  # share of the step that exact sums take beyond what a single sum would take
+    exactness: float  # share of the step that exact sums take beyond what an all-reduce would take
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RanksEstimate:
     rounds: float  # per step
     idle: float  # share of the turns in which a rank has no pass
     sent: int  # bytes per step and rank
-    sent_for_single_sum: int  # bytes per step and rank without exact sums
+    sent_by_all_reduce: int  # bytes per step and rank, with a sum that is not exact
     bound: float  # speed-up if sending took no time
     links: tuple[LinkEstimate, ...]
 
@@ -155,7 +155,7 @@ def estimate_ranks(
     frozen, gradient = FrozenWeights.of(model), memory.trainable_bytes(model)
     needed = fit.fitted.bytes + costs.exchange_buffers(ranks, gradient)
     sent = _mean([costs.gathered_gradient_bytes(len(step), ranks, gradient) for step in steps])
-    single_sum = costs.summed_gradient_bytes(ranks, gradient)
+    all_reduced = costs.all_reduced_gradient_bytes(ranks, gradient)
     shared = frozen.shared if fit.absent else 0
     moved = _mean([costs.gathered_weight_bytes(len(step), ranks, shared) for step in steps])
     share, passes = costs.busiest_share(steps, ranks), [len(step) for step in steps]
@@ -169,7 +169,7 @@ def estimate_ranks(
         rounds=sum(costs.count_rounds(count, ranks) for count in passes) / len(passes),
         idle=costs.idle_share(passes, ranks),
         sent=round(sent + moved),
-        sent_for_single_sum=round(single_sum + moved),
+        sent_by_all_reduce=round(all_reduced + moved),
         bound=1 / share,
         links=tuple(
             LinkEstimate(
@@ -177,7 +177,7 @@ def estimate_ranks(
                 seconds=(sent + moved) / link.bytes_per_second,
                 speedup=costs.speedup(step_seconds, share, sent + moved, link),
                 exactness=costs.exactness_share(
-                    step_seconds * share, sent + moved, single_sum + moved, link
+                    step_seconds * share, sent + moved, all_reduced + moved, link
                 ),
             )
             for link in costs.LINKS

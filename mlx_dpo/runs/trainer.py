@@ -37,7 +37,7 @@ from mlx_dpo.runs.distributed.handshake import (
     add_ranks,
     check_inputs,
     check_run_settings,
-    meet,
+    compare_machines,
     share_day,
 )
 from mlx_dpo.runs.distributed.peers import with_errors_of_all_ranks
@@ -138,7 +138,7 @@ class DPOTrainer:
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
-        self.peers = meet(self.ranks)
+        self.peers = compare_machines(self.ranks)
         check_run_settings(self.peers, self)
         with ExitStack() as stack:
             opened = stack.enter_context(open_run_folder(self))

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_dpo.distributed import costs
-from mlx_dpo.distributed.costs import LINKS, Link
+from mlx_dpo.distributed.costs import LINKS, LinkKind
 from mlx_dpo.distributed.ranks import CHUNK_BYTES, Ranks
 
 # 36 blocks: query 2560 -> 4096, key and value 2560 -> 1024, output 4096 -> 2560, gate and up
@@ -26,7 +26,7 @@ GRADIENT = 36 * 16 * sum(WIDTHS) * 4
 def test_bytes_of_a_step_by_hand(ranks, passes, gathered, summed, seconds):
     sent = costs.gathered_gradient_bytes(passes, ranks, GRADIENT)
     assert sent / 1e6 == pytest.approx(gathered, abs=0.8)
-    assert costs.summed_gradient_bytes(ranks, GRADIENT) / 1e6 == pytest.approx(summed, abs=0.8)
+    assert costs.all_reduced_gradient_bytes(ranks, GRADIENT) / 1e6 == pytest.approx(summed, abs=0.8)
     took = [sent / link.bytes_per_second for link in LINKS]
     assert took == pytest.approx(seconds, rel=0.01)
 
@@ -42,7 +42,7 @@ def test_weights_that_a_round_gathers(ranks, weights, received):
 
 def test_one_rank_costs_nothing():
     assert costs.gathered_gradient_bytes(8, 1, GRADIENT) == 0
-    assert costs.summed_gradient_bytes(1, GRADIENT) == 0
+    assert costs.all_reduced_gradient_bytes(1, GRADIENT) == 0
     assert costs.exchange_buffers(1, GRADIENT) == 0
     assert costs.held_weight_bytes(1, 10, 3, 4) == 13
     assert costs.busiest_share([[5, 6, 7], [8]], 1) == 1
@@ -78,9 +78,9 @@ def test_rounds_are_those_of_the_ranks(size):
 
 
 def test_speedup_and_what_exactness_costs():
-    link = Link("some cable", 100.0)
+    link = LinkKind("some cable", 100.0)
     assert costs.speedup(10, 0.5, 0, link) == 2
     assert costs.speedup(10, 0.5, 500, link) == 1  # five seconds to compute, five to send
     assert costs.exactness_share(5, 500, 200, link) == pytest.approx(3 / 10)
     assert costs.exactness_share(5, 200, 200, link) == 0
-    assert costs.exactness_share(5, 100, 200, link) == 0  # a single sum would send more
+    assert costs.exactness_share(5, 100, 200, link) == 0  # an all-reduce would send more

@@ -19,7 +19,7 @@ import logging, os, signal, sys, time
 import mlx_dpo
 from mlx_dpo.distributed import heartbeats, verdict
 from mlx_dpo.distributed.connect import connect
-from mlx_dpo.distributed.launched import divert_native_output
+from mlx_dpo.distributed.launcher_pipe import divert_native_output
 divert_native_output()
 logging.basicConfig(format="Error: %(message)s")
 folder, *plans = sys.argv[1:]

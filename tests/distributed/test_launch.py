@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo.distributed.launch import RankCommand, launch, ring_on_this_machine
-from mlx_dpo.distributed.launched import describe_end
+from mlx_dpo.distributed.launcher_pipe import describe_end
 from mlx_dpo.errors import DPOError
 from tests.distributed.launched_ranks import Launcher, alive
 
 # A rank without MLX: it writes its pid to FOLDER/pid-RANK, then does what RANK=WHAT asks of it.
 RANK_PROGRAM = """
 import os, signal, sys, time
-from mlx_dpo.distributed.launched import obey_launcher
+from mlx_dpo.distributed.launcher_pipe import obey_launcher
 folder, *plans = sys.argv[1:]
 rank = os.environ["MLX_RANK"]
 plan = dict(word.split("=") for word in plans).get(rank, "wait")

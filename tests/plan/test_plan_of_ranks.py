@@ -79,7 +79,7 @@ def test_a_plan_by_hand():
     found = estimate_ranks(2, Policy(), chosen, STEPS, 3.0)
     assert (found.passes, found.rounds, found.idle) == (2.5, 1.5, 1 - 5 / 6)
     assert found.sent == 1.5 * TRAINED
-    assert found.sent_for_single_sum == TRAINED
+    assert found.sent_by_all_reduce == TRAINED
     assert found.bound == pytest.approx(150 / (20 + 40 + 50))
     assert found.memory == found.memory_whole == 100_000_000 + 4 * TRAINED
     assert (found.shard_base, found.fits) == (False, True)
@@ -138,7 +138,7 @@ def test_the_base_is_divided_as_train_divides_it():
 def test_exact_sums_that_take_more_than_a_tenth_of_a_step_are_told_with_a_remedy():
     steps = [[10] * 8]
     fitted = fit(10**8, 10**9, batch_size=16)
-    # Three gradients beyond a single sum: 12 MB, a tenth of a second on the slowest link.
+    # Three gradients beyond an all-reduce: 12 MB, a tenth of a second on the slowest link.
     slow, quick = (
         estimate_ranks(2, Policy(), RanksFit(fitted, 1, 0), steps, each) for each in (0.5, 60.0)
     )

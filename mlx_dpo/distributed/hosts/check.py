@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mlx_dpo.distributed.hosts.hostfile import Host, Hostfile
-from mlx_dpo.distributed.hosts.sent import facts
+from mlx_dpo.distributed.hosts.remote import facts
 from mlx_dpo.distributed.hosts.ssh import Place, is_this_machine, quote_path, ssh_argv
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.units import format_bytes
@@ -39,7 +39,7 @@ class CheckedHosts:
     """The hosts of a hostfile, and what was found on them.
 
     Attributes:
-        facts: by the name for ssh; see `sent/facts.py`. Hosts that cannot be reached are absent.
+        facts: by the name for ssh; see `remote/facts.py`. Hosts that cannot be reached are absent.
         ports: by rank, a free port for each address that is listened at.
         problems: one line for each host that cannot run its ranks.
     """
@@ -93,10 +93,10 @@ def check_hosts(
         for (rank, _), (port, _) in zip(listen[name], answer["ports"], strict=True):
             ports[rank].append(port)
         pairs = [pair for _, pair in listen[name]]
-        trouble = _Trouble(hosts[name], place, own, answer)
-        trouble.look_at_programs()
-        trouble.look_at_files(paths)
-        trouble.look_at_machine(file, pairs)
+        trouble = _HostProblems(hosts[name], place, own, answer)
+        trouble.compare_versions()
+        trouble.compare_files(paths)
+        trouble.check_ports_and_disk(file, pairs)
         problems += trouble.as_line()
     reached = {name: answer for name, answer in by_host.items() if isinstance(answer, dict)}
     return CheckedHosts(reached, ports, problems)
@@ -156,7 +156,7 @@ def _install(host: str, python: str) -> str:
     return f"ssh {host} {shlex.quote(f'python3 -m venv {environment} && {command}')}"
 
 
-class _Trouble:
+class _HostProblems:
     """What is wrong with a host, and what to do."""
 
     def __init__(self, host: Host, place: Place, own: Facts, found: Facts) -> None:
@@ -173,7 +173,7 @@ class _Trouble:
         run = [f"run `{' && '.join(self.commands)}`"] if self.commands else []
         return [f"{self.host.ssh}: {', '.join(self.faults)}; {'; '.join([*run, *self.advice])}"]
 
-    def look_at_programs(self) -> None:
+    def compare_versions(self) -> None:
         """Compare the versions of packages with those of this machine."""
         python, own_python = self.found["python"], self.own["python"]
         if python.split(".")[:2] != own_python.split(".")[:2]:
@@ -199,7 +199,7 @@ class _Trouble:
         )
         self.commands.append(f"ssh {self.host.ssh} {shlex.quote(install)}")
 
-    def look_at_files(self, paths: Sequence[str]) -> None:
+    def compare_files(self, paths: Sequence[str]) -> None:
         """Compare the model and the pairs with those of this machine."""
         if not self.found["has_folder"] and not self.is_here:
             self.faults.append(f"the folder {self.place.folder} is missing")
@@ -211,7 +211,7 @@ class _Trouble:
                 self.faults.append(f"{path} {'is missing' if found is None else 'differs'}")
                 self.commands.append(copy_command(path, self.host.ssh, self.place.folder))
 
-    def look_at_machine(self, file: Hostfile, listen: Sequence[tuple[str, int]]) -> None:
+    def check_ports_and_disk(self, file: Hostfile, listen: Sequence[tuple[str, int]]) -> None:
         """Look at ports and disk."""
         for (address, port), (_, error) in zip(listen, self.found["ports"], strict=True):
             if error == "EADDRNOTAVAIL":

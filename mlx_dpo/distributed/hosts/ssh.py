@@ -17,18 +17,18 @@ from typing import Any
 
 from mlx_dpo.distributed.environment import RANK, RANK_TIMEOUT
 from mlx_dpo.distributed.hosts.hostfile import THIS_MACHINE, Host, Hostfile
-from mlx_dpo.distributed.hosts.sent import facts, run_rank
+from mlx_dpo.distributed.hosts.remote import facts, run_rank
 from mlx_dpo.distributed.launch import BLAS_THREADS, RankCommand
-from mlx_dpo.distributed.launched import LAUNCHED
+from mlx_dpo.distributed.launcher_pipe import LAUNCHED
 
 CONNECT_SECONDS = 10
 KEEPALIVE_SECONDS = 15
 KEEPALIVES = 20  # without an answer; longer than heartbeats take, which name the last step
 # Removes the working folder from the path of imports: its files are not a part of the program.
-RUN_SENT = (
+RUN_PROGRAM = (
     "import base64,sys;sys.path[:]=[p for p in sys.path if p];exec(base64.b64decode(sys.argv[1]))"
 )
-SENT = {module: Path(module.__file__ or "").read_bytes() for module in (facts, run_rank)}
+PROGRAMS = {module: Path(module.__file__ or "").read_bytes() for module in (facts, run_rank)}
 FORWARDED = (RANK_TIMEOUT, "MLX_DPO_DEBUG")  # variables of this process that all ranks need
 
 
@@ -66,16 +66,16 @@ def _is_own_address(address: str) -> bool:
     return True
 
 
-def ssh_argv(host: str, python: str, sent: Any, request: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the command that runs a program of `sent` on another machine.
+def ssh_argv(host: str, python: str, program: Any, request: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the command that runs a program of `remote/` on another machine.
 
     Args:
         host: name for ssh.
         python: path of Python there.
-        sent: the module.
+        program: its module.
         request: what the program is to do, a value of JSON.
     """
-    remote = [RUN_SENT, _encode(SENT[sent]), _encode(json.dumps(request).encode())]
+    remote = [RUN_PROGRAM, _encode(PROGRAMS[program]), _encode(json.dumps(request).encode())]
     return (
         "ssh", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}",
         "-o", f"ServerAliveInterval={KEEPALIVE_SECONDS}", "-o", f"ServerAliveCountMax={KEEPALIVES}",

@@ -30,7 +30,7 @@ CHANGES_BITS = ("chip", "system")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def meet(ranks: Ranks) -> Peers:
+def compare_machines(ranks: Ranks) -> Peers:
     """Exchange what each rank runs on, and check that their programs compute the same numbers.
 
     Raises:
@@ -47,7 +47,7 @@ def meet(ranks: Ranks) -> Peers:
 
 
 def must_be_same() -> dict[str, str]:
-    """Return all that `meet` compares, by name."""
+    """Return all that `compare_machines` compares, by name."""
     return software() | _device_facts() | {"BLAS": _blas()}
 
 

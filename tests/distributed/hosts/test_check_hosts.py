@@ -12,7 +12,7 @@ import pytest
 from mlx_dpo.distributed.hosts import check
 from mlx_dpo.distributed.hosts.check import check_hosts, sleep_warnings
 from mlx_dpo.distributed.hosts.hostfile import Host, Hostfile
-from mlx_dpo.distributed.hosts.sent import facts
+from mlx_dpo.distributed.hosts.remote import facts
 from mlx_dpo.distributed.hosts.ssh import Place, is_this_machine
 from mlx_dpo.errors import ConfigError
 from tests.distributed.hosts import fake_ssh

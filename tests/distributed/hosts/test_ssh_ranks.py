@@ -15,8 +15,8 @@ import pytest
 
 from mlx_dpo.distributed.hosts.check import check_hosts
 from mlx_dpo.distributed.hosts.hostfile import Host, Hostfile
-from mlx_dpo.distributed.hosts.sent import run_rank
-from mlx_dpo.distributed.hosts.ssh import SENT, Place, rank_commands, ssh_argv
+from mlx_dpo.distributed.hosts.remote import run_rank
+from mlx_dpo.distributed.hosts.ssh import PROGRAMS, Place, rank_commands, ssh_argv
 from mlx_dpo.distributed.launch import launch
 from tests.distributed.hosts import fake_ssh
 from tests.distributed.hosts.ssh_server import find_server, ssh_server
@@ -139,9 +139,9 @@ def test_lines_of_the_launcher_reach_the_rank(ssh):
 
 @pytest.mark.parametrize("how", ["stdin is closed", "ssh is killed"])
 def test_no_process_stays_after_the_launcher_is_gone(ssh, monkeypatch, how):
-    sent = SENT[run_rank].replace(b"GRACE_SECONDS = 5.0", b"GRACE_SECONDS = 0.5")
-    assert sent != SENT[run_rank]
-    monkeypatch.setitem(SENT, run_rank, sent)
+    sent = PROGRAMS[run_rank].replace(b"GRACE_SECONDS = 5.0", b"GRACE_SECONDS = 0.5")
+    assert sent != PROGRAMS[run_rank]
+    monkeypatch.setitem(PROGRAMS, run_rank, sent)
     # The rank ignores all signals but SIGKILL, and the end of its standard input.
     before = "[signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]"
     after = "import time; time.sleep(600)"

@@ -1,4 +1,4 @@
-"""The ranks of a run meet: what must be equal is compared, what may differ is recorded."""
+"""Before a run, ranks compare what must be equal and record what may differ."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ from mlx_dpo.runs.distributed.handshake import (
     add_ranks,
     check_inputs,
     check_run_settings,
-    meet,
+    compare_machines,
     share_day,
     share_settings,
 )
@@ -27,7 +27,7 @@ HERE = threading.local()  # `rank` of the thread
 
 def meet_as(ranks):
     HERE.rank = ranks.rank
-    return meet(ranks)
+    return compare_machines(ranks)
 
 
 @pytest.fixture
@@ -171,3 +171,29 @@ def test_different_chips_are_told_once(caplog):
     with caplog.at_level(logging.WARNING, logger="mlx_dpo"):
         add_ranks({}, peers, None, 0)
     assert "the ranks have different chips (M1, M4)" in caplog.text
+
+
+def equal_ranks(size):
+    """Return ranks that all have the values of this one."""
+    return SimpleNamespace(
+        is_alone=False, is_main=True, size=size, all_gather_json=lambda name, value: [value] * size
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (4, []),
+        (5, ["5 ranks are more than the 4 pairs of a step (--batch-size), so that in each step "
+             "some of them compute no gradient"]),
+    ],
+)  # fmt: skip
+def test_ranks_without_work_are_named(caplog, size, expected):
+    config = DPOConfig(model="model", pairs="pairs.jsonl", output="run", batch_size=4)
+    run = SimpleNamespace(
+        config=config, resume=False, overwrite=False, force=False,
+        datasets=SimpleNamespace(splits=[]),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="mlx_dpo"):
+        check_run_settings(Peers(equal_ranks(size), [{"host": "mac"}] * size), run)
+    assert caplog.messages == expected

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_dpo.distributed.verdict import RankState, find_stall, is_missing, is_silent
+from mlx_dpo.distributed.lost_ranks import RankState, find_stall, is_missing, is_silent
 
 TIMEOUT = 10.0
 

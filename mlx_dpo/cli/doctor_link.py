@@ -43,7 +43,7 @@ def try_link(*, as_json: bool) -> int:
 
 def _describe_this_host() -> dict[str, Any]:
     """Return what this rank runs on, a value of JSON."""
-    from mlx_dpo.distributed.hosts.sent.facts import read_sleep_minutes
+    from mlx_dpo.distributed.hosts.remote.facts import read_sleep_minutes
     from mlx_dpo.runs.distributed.handshake import describe_machine, must_be_same
 
     return describe_machine() | {

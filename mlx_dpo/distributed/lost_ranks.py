@@ -1,4 +1,4 @@
-"""When ranks are lost: judged from what each of them last sent.
+"""The rules by which a rank counts as lost, from its last heartbeat.
 
 silent    no message for the timeout
 closed    the connection ended, although the rank did not announce its end

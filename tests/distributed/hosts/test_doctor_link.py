@@ -7,7 +7,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.cli import link
+from mlx_dpo.cli import doctor_link
 from mlx_dpo.distributed.hosts import link_test
 from mlx_dpo.distributed.hosts.link_test import LinkReport, Speed, WrongValue, measure_link
 from mlx_dpo.distributed.ranks import Ranks
@@ -62,7 +62,7 @@ def shown(monkeypatch, capsys):
 
         monkeypatch.setattr("mlx_dpo.distributed.connect.connect", TwoRanks)
         monkeypatch.setattr(link_test, "measure_link", lambda ranks: report)
-        return link.try_link(as_json=as_json), capsys.readouterr().out
+        return doctor_link.try_link(as_json=as_json), capsys.readouterr().out
 
     return run
 
@@ -81,12 +81,12 @@ def test_a_wrong_value_fails_with_its_place(shown):
     code, output = shown(BAD)
     assert code == 1
     wrong = "rank 0 received float32 of 4,097 elements from rank 1 with a wrong value at 4,096"
-    assert output.count(wrong) == link.WRONG_SHOWN
+    assert output.count(wrong) == doctor_link.WRONG_SHOWN
     assert "and 2 more" in output
 
 
 def test_other_versions_fail_with_rank_and_both_values(shown):
-    own = link._describe_this_host()["must_be_same"]
+    own = doctor_link._describe_this_host()["must_be_same"]
     code, output = shown(GOOD, must_be_same=own | {"mlx": "9.9"})
     assert code == 1
     assert f"rank 1 has 9.9; rank 0 has {own['mlx']}" in output
