@@ -177,7 +177,7 @@ class Heartbeats:
                 if not self._ranks.is_main:  # rank 0 prints its own
                     self._end("", code)
                 self._error = self._error or (now, f"{state.name}: {text}", code)
-            case {"end": code}:
+            case {"end": code} if not self._ends_by_itself():
                 self._end("", code)
             case {"interrupt": code}:
                 self._interrupted = self._interrupted or (now, code)
@@ -217,7 +217,13 @@ class Heartbeats:
 
     # --- judging -------------------------------------------------------------------------------
 
+    def _ends_by_itself(self) -> bool:
+        """Return whether this is rank 0 with an end of its own; it may not have printed it yet."""
+        return self._ranks.is_main and self._is_leaving
+
     def _judge(self, now: float) -> None:
+        if self._ends_by_itself():  # the others end as well, because they were told
+            return
         if self._interrupted is not None:
             self._follow_interrupt(*self._interrupted, now)
         if self._ranks.is_main:
@@ -230,7 +236,7 @@ class Heartbeats:
 
     def _judge_error(self, now: float) -> None:
         """End all after another rank's error, unless rank 0 shows its own."""
-        if self._error is None or self._is_leaving:
+        if self._error is None:
             return
         since, text, code = self._error
         if now - since > AGREE_SECONDS:

@@ -42,6 +42,7 @@ def fail(what):
         os._exit(4)
     if what == "report":
         heartbeats.report_error("pairs.jsonl: bad row; fix it")
+        time.sleep(1)  # a busy machine
         print("Error: pairs.jsonl: bad row; fix it", file=sys.stderr)
         sys.exit(1)
     if what == "hang":
@@ -93,6 +94,11 @@ def test_an_error_of_another_rank_is_printed_once(tmp_path):
     check_single_line(
         lines, rf"Error: rank 1 \({HOST}\): pairs.jsonl: bad row; fix it{re.escape(ADVICE)}"
     )
+
+
+def test_rank_0_prints_its_error_after_the_others_have_ended(tmp_path):
+    code, lines = lose(tmp_path, 2, "0=report")
+    assert (code, lines) == (1, ["Error: pairs.jsonl: bad row; fix it"])
 
 
 @pytest.mark.slow
