@@ -139,7 +139,7 @@ def choose_passes(
     with peers.sharing_errors():
         if not force:
             can_shard = not peers.ranks.is_alone and not is_sharded(inputs.base.model)
-        _check_fits(fitted, longest_row(inputs.train), can_shard=can_shard)
+            _check_fits(fitted, longest_row(inputs.train), can_shard=can_shard)
     if fitted.config.recompute and not config.recompute:
         choice = _choose_shared_scorer(inputs, fitted.config, earlier, peers)
     return replace(choice, passes_at_once=fitted.passes_at_once), fitted
