@@ -203,7 +203,7 @@ class BestCheckpoint:
             )
         before, self.state = self.state, self.rule.update(self.state, row)
         if self.load_best_at_end and self.state.step != before.step:
-            with whole_folder(self._folder) as partial:
+            with whole_folder(self.folder) as partial:
                 save(partial)
 
     @property
@@ -236,7 +236,7 @@ class BestCheckpoint:
     def load_into(self, policy: nn.Module) -> None:
         """Load the best evaluation's adapters into `policy`, if the settings ask for this."""
         if self.step is not None:
-            load_adapter_weights(policy, self._folder / WEIGHTS)
+            load_adapter_weights(policy, self.folder / WEIGHTS)
 
     def remove(self) -> None:
         """Remove the saved adapters of all evaluations, which a finished run does not need."""
@@ -252,6 +252,7 @@ class BestCheckpoint:
         return {"step": self.step, self.rule.metric: self.state.value}
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Folder of the adapters of the best evaluation."""
         assert self.state.step is not None
         return checkpoint_path(self.paths.best_adapters, self.state.step)

@@ -150,7 +150,8 @@ class _FlatLayout:
             parts = mx.split(cast("mx.array", flat[dtype]), ends)
             for name, part in zip(names, parts, strict=True):
                 arrays[name] = part.reshape(self.shapes[name])
-        return cast("Gradients", tree_unflatten(list(arrays.items())))
+        # In the order of the weights: the norm is summed in the order of the tree.
+        return cast("Gradients", tree_unflatten([(name, arrays[name]) for name in self.shapes]))
 
 
 def _named_outputs(number: int, outputs: LossOutputs | None) -> dict[str, np.ndarray]:

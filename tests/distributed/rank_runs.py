@@ -45,7 +45,8 @@ class RankRuns:
         run = self.folder / name / "rank-0" / "work" / "run"
         if start is not None:
             shutil.copytree(start, run)
-        self.pool.values("train", arguments)
+        ends = self.pool.values("train", arguments)
+        assert all(end == ends[0] for end in ends), "the ranks end with different policies"
         for rank in range(1, self.pool.count):
             folder = self.folder / name / f"rank-{rank}"
             left = [*(folder / "work").rglob("*"), *(folder / "temporary").rglob("*")]

@@ -20,8 +20,10 @@ from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.distributed import ranks as ranks_module
 from mlx_dpo.distributed.connect import connect
 from mlx_dpo.errors import DPOError
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs import auto_batch_size
+from mlx_dpo.runs.distributed.saving import digest
 from mlx_dpo.training.monitor import samples
 from tests.run_settings import SAMPLE_TOKENS
 
@@ -103,7 +105,8 @@ def train(*, settings, folder, resume=False, stop_after=None, stop_rank=0):
             steps = row["step"]
             if steps == stop_after and connect().rank == stop_rank:
                 trainer.request_stop()
-    return {"steps": steps, "stopped": trainer.stopped}
+    weights = digest(named_arrays(trainer.policy.trainable_parameters()))
+    return {"steps": steps, "stopped": trainer.stopped, "weights": weights}
 
 
 def train_with_version(*, package, versions, **arguments):

@@ -81,6 +81,7 @@ CASES = {
     "a loss of the whole step": {"objective": Objective(LossSettings(loss_type=("aot",)))},
     "dropout": {"dropout": 0.5},
     "bfloat16": {"dtype": mx.bfloat16},
+    "two dtypes": {"narrow": True},
     "lockstep": {"lockstep": True, "limit": PassLimit(pairs=4)},
 }
 
@@ -93,10 +94,12 @@ def digest(arrays):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def outcome(ranks, *, dropout=0.0, dtype=mx.float32, lockstep=False, **changes):
+def outcome(ranks, *, dropout=0.0, dtype=mx.float32, narrow=False, lockstep=False, **changes):
     policy = make_llama()
     adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1, dropout=dropout)
     policy.set_dtype(dtype)
+    for layer in list(adapters.adapted_layers(policy).values())[::2] if narrow else ():
+        layer.lora_b = layer.lora_b.astype(mx.bfloat16)
     optimizer = build_optimizer("sgd", policy, 1e-2)
     plan, ranks.in_lockstep = make_plan(ranks, **changes), lockstep
     rows = [metrics for _, metrics in train(policy, optimizer, plan, start=Progress())]

@@ -13,6 +13,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.distributed import heartbeats
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics
+from mlx_dpo.runs.distributed.follower_folder import send_folder
 from mlx_dpo.runs.distributed.peers import Peers
 from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import RunPaths
@@ -105,13 +106,18 @@ def save_best_adapters(run: TrainedRun, row: dict[str, float]) -> None:
 def save_final_adapters(run: TrainedRun) -> tuple[str, str]:
     """Write the adapters that the run ends with to the run folder, on rank 0.
 
+    Afterwards the policy of each rank has these adapters.
+
     Returns:
         The SHA-256 of the adapters, and the text that names the programs that can load them; both
         empty on other ranks.
     """
+    ranks = run.peers.ranks
+    if run.best.step is not None:
+        send_folder(ranks, run.best.folder if ranks.is_main else None, run.paths.best_adapters)
     with run.peers.sharing_errors():
-        if not run.peers.ranks.is_main:
-            return "", ""
         run.best.load_into(run.policy)
+        if not ranks.is_main:
+            return "", ""
         checksum = save_adapter(run.paths.folder, run.policy, run.adapter_config)
         return checksum, save_peft(run.paths.folder, run.inputs.base, run.config)
