@@ -26,7 +26,7 @@ from mlx_dpo.cli.output import (
 )
 from mlx_dpo.distributed import heartbeats
 from mlx_dpo.distributed.environment import find_rank
-from mlx_dpo.distributed.launcher_pipe import divert_native_output
+from mlx_dpo.distributed.launcher_pipe import divert_native_output, is_launched
 from mlx_dpo.errors import ConfigError, DPOError, shows_tracebacks
 from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.io.write_errors import describe_disk_error
@@ -172,7 +172,7 @@ class Commands(Group):
             _check_no_rank(args[0])
         wants_help = not {"-h", "--help-all", *ctx.help_option_names}.isdisjoint(args)
         if args[0] in COMMANDS and "mlx_lm" not in sys.modules and not (wants_help or is_silent()):
-            announce("Importing MLX")
+            announce("Starting the ranks" if is_launched() else "Importing MLX")
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,7 +33,12 @@ BACKENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object without personal data."
 )
-@ranks_flags
+@partial(
+    ranks_flags,
+    ranks_help="Test the link between N processes on this machine.",
+    hosts_help="Test the links between the machines of a hostfile of MLX; starts a process on each "
+    "over ssh.",
+)
 def doctor(as_json: bool, **flags: Any) -> None:
     """Show versions, device and limits, and run a self-test of training on this device.
 

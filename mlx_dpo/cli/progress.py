@@ -58,18 +58,23 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
 
 
 def run_with_progress(
-    run: DPOTrainer, resume_command: str | None = None, *, verbose: bool = False
+    run: DPOTrainer,
+    resume_command: str | None = None,
+    *,
+    ranks_flags: str = "",
+    verbose: bool = False,
 ) -> None:
     """Prepare the run and train with progress bars; on a stop signal, save and exit.
 
     Args:
         resume_command: command shown to the user after a stop signal; the default is
             `train --resume`.
+        ranks_flags: flags that started the ranks, for that default.
         verbose: print details before training, such as scorer, micro-batches and memory.
     """
     with keep_awake(run.config.caffeinate) as awake:
         output = shlex.quote(run.config.output)
-        default = f"{program()} train --resume --output {output}"
+        default = f"{program()} train --resume --output {output}{ranks_flags}"
         heartbeats.note(command=resume_command or default)
         _run(run, awake, resume_command or default, verbose=verbose)
 

@@ -1,7 +1,8 @@
 """The flags that start several ranks: `--ranks`, `--hosts` and those that belong to them."""
 
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
@@ -31,6 +32,16 @@ class RanksFlags:
         """Whether they ask for several ranks."""
         return self.ranks > 1 or self.hosts is not None
 
+    def shown(self) -> str:
+        """Return the flags as a shell reads them, each after a space; "" without several ranks."""
+        if not self.starts_ranks:
+            return ""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.hosts is not None:
+            del given["ranks"]
+        words = (f" --{name.replace('_', '-')} {shlex.quote(str(v))}" for name, v in given.items())
+        return "".join(words)
+
     def check(self) -> None:
         """Check that each flag has an effect.
 
@@ -48,7 +59,13 @@ class RanksFlags:
             )
 
 
-def ranks_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+def ranks_flags(
+    command: Callable[..., Any],
+    ranks_help: str = "Share the work among N processes on this machine; the result is the same, "
+    "bit for bit.",
+    hosts_help: str = "Share the work among the machines of a hostfile of MLX; starts a process on "
+    "each over ssh.",
+) -> Callable[..., Any]:
     """Add the flags that start several ranks to a command."""
     options = (
         click.option(
@@ -56,15 +73,13 @@ def ranks_flags(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             default=1,
             metavar="N",
-            help="Share the work among N processes on this machine; the result is the same, bit "
-            "for bit.",
+            help=ranks_help,
         ),
         click.option(
             "--hosts",
             type=FILE,
             metavar="FILE",
-            help="Share the work among the machines of a hostfile of MLX; starts a process on each "
-            "over ssh.",
+            help=hosts_help,
         ),
         click.option(
             "--starting-port",

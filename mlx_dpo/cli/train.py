@@ -68,8 +68,9 @@ def train(
     --live the report is served on this machine until training ends; the browser keeps it.
     """
     live, no_open = flags.pop("live"), flags.pop("no_open")
+    wanted = RanksFlags.pop(flags)
     start_ranks(
-        RanksFlags.pop(flags),
+        wanted,
         flags["pairs"],
         lambda: find_local_inputs(ctx, config_file, flags),
         keeps_awake=flags["caffeinate"],
@@ -93,7 +94,7 @@ def train(
     page = serve_live_report([config.output], open_browser=not no_open) if live else nullcontext()
     resume, overwrite, force = options
     with DPOTrainer(config, resume=resume, overwrite=overwrite, force=force) as run, page:
-        run_with_progress(run, verbose=verbose)
+        run_with_progress(run, ranks_flags=wanted.shown(), verbose=verbose)
     print_label_table(make_console(), list_next_commands(config.output, run.verdict))
 
 

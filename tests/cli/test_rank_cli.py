@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import DESCRIPTIONS, cli, output
 from mlx_dpo.cli.output import echo, is_silent, print_warning, silence
+from mlx_dpo.cli.ranks_flags import RanksFlags
 from mlx_dpo.collect.iterative_dpo import IterativeDPO
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.runs.distributed.peers import SharedError
@@ -72,6 +73,23 @@ def test_an_error_of_one_rank_is_printed_there(silent, monkeypatch, error, shown
     monkeypatch.setattr("mlx_dpo.cli.train.start_ranks", fail)
     result = CliRunner().invoke(cli, ["train", "pairs.jsonl", "--model", "m"])
     assert (result.exit_code, result.output) == (1, shown)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (RanksFlags(), ""),
+        (RanksFlags(rank_timeout=9), ""),
+        (RanksFlags(ranks=3), " --ranks 3"),
+        (RanksFlags(ranks=2, rank_timeout=9), " --ranks 2 --rank-timeout 9"),
+        (
+            RanksFlags(hosts="my hosts.json", starting_port=5000, host_python="/v/python"),
+            " --hosts 'my hosts.json' --starting-port 5000 --host-python /v/python",
+        ),
+    ],
+)
+def test_the_command_that_resumes_has_the_flags_of_the_ranks(flags, shown):
+    assert flags.shown() == shown
 
 
 @pytest.mark.parametrize("rank", [0, 1])

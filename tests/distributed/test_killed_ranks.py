@@ -159,6 +159,8 @@ def try_to_kill(run, rank, phase, draw):
         wrong.append(f"exit code 0\n{run.text()}")
     if killed and not is_finished(run.output) and f"rank {rank}" not in run.text():
         wrong.append(f"the message does not name rank {rank}\n{run.text()}")
+    if "resume with: " in run.text() and f" --ranks {run.count}" not in run.text():
+        wrong.append(f"the command resumes on one rank\n{run.text()}")
     if not killed and code != 0:
         wrong.append(f"exit code {code} without a kill\n{run.text()}")
     return killed, wrong
@@ -246,6 +248,9 @@ def test_an_interrupt_saves_one_common_step(place, count, target):
         code, _ = run.end(END_SECONDS)
         assert code == 130, run.text()
         assert "Traceback" not in run.text()
+        assert run.text().count("Importing MLX") == 1  # not by the launcher and rank 0
+        command = f"resume with: mlx-dpo train --resume --output {output.name} --ranks {count}"
+        assert command in " ".join(run.text().split())
     assert not is_finished(output)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
