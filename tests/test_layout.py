@@ -38,6 +38,12 @@ def test_no_package_but_the_command_line_has_more_than_ten_files():
     assert {package: size for package, size in sizes.items() if size > 10} == {}
 
 
+def test_no_two_test_modules_have_the_same_name():
+    """pytest refuses to collect the second one, and with it the whole suite."""
+    counts = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
 def test_the_import_contract_covers_every_package():
     [contract] = PROJECT["tool"]["importlinter"]["contracts"]
     covered = {name for layer in contract["layers"] for name in layer.split(" | ")}

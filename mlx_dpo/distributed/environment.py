@@ -85,7 +85,7 @@ def _names_nodes(path: str) -> bool:
     try:
         return bool(Path(path).read_bytes().strip())
     except OSError:
-        return True  # MLX tells what is wrong with it
+        return True  # MLX reports what is wrong with it
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

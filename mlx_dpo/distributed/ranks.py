@@ -43,8 +43,8 @@ class Ranks:
         size: number of processes.
         backend: MLX's backend between them; None for a single process.
         gathered_bytes: bytes that this rank has sent into gathers.
-        in_lockstep: whether a rank that has no pass in a round computes one for nothing, because
-            passes gather weights and all ranks must take part.
+        in_lockstep: whether a rank that has no pass in a round repeats another one and drops the
+            result, because passes gather weights and all ranks must take part.
     """
 
     def __init__(self, group: Any = None, backend: Backend | None = None) -> None:
@@ -167,19 +167,6 @@ class Ranks:
     def any(self, name: str, flag: bool) -> bool:
         """Return whether `flag` is true on any rank."""
         return any(self.all_gather_json(name, bool(flag)))
-
-    def check_equal(self, name: str, value: Any) -> None:
-        """Check that a value of JSON is the same on all ranks.
-
-        Raises:
-            RanksError: it differs; the message has the value of rank 0 and the one that differs.
-        """
-        values = self.all_gather_json(name, value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise RanksError(
-                    f"rank {rank}: {name} differs from rank 0 ({other!r}, not {values[0]!r})"
-                )
 
     def add_in_order(
         self, name: str, total: mx.array | None, mine: mx.array, order: Sequence[int]

@@ -72,7 +72,7 @@ class RanksFit:
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """The frozen weights of a model in bytes, as `--shard-base` divides them."""
+    """The frozen weights of a model in bytes, as `--shard-base` shards them."""
 
     shared: int  # in the blocks: each rank holds a part
     whole: int  # embeddings, head and norms outside of the blocks
@@ -106,7 +106,7 @@ def fit_ranks(
     fit: Callable[[DPOConfig, MemoryBudget], MicroBatchFit],
     room: MemoryBudget,
 ) -> RanksFit:
-    """Choose the passes of a run on `ranks` ranks, and whether the frozen weights are divided.
+    """Choose the passes of a run on `ranks` ranks, and whether the frozen weights are sharded.
 
     Args:
         fit: chooses the passes of a run in a single process, with so much memory.
@@ -118,7 +118,7 @@ def fit_ranks(
         return RanksFit(whole, whole.bytes, 0)
     frozen = FrozenWeights.of(model)
     absent = frozen.absent_from(ranks)
-    # `train` divides large weights by itself; plan also names `--shard-base` where it has to be set
+    # `train` shards large weights by itself; `plan` also names `--shard-base` where it must be set.
     is_large = frozen.shared + frozen.whole > LARGEST_SHARE * room.bytes
     is_wanted = config.shard_base
     if is_wanted is None:
@@ -148,7 +148,7 @@ def estimate_ranks(
 
     Args:
         model: the policy, with adapters attached.
-        fit: the passes, and whether the frozen weights are divided.
+        fit: the passes, and whether the frozen weights are sharded.
         steps: tokens of each pass, for the first steps.
         step_seconds: time of an average step in a single process.
     """
@@ -213,7 +213,7 @@ def describe_ranks(
 
 
 def _describe_memory(estimate: RanksEstimate, fitted: MicroBatchFit) -> str:
-    """Describe the memory of a rank, and whether the frozen weights have to be divided."""
+    """Describe the memory of a rank, and whether the frozen weights have to be sharded."""
     room = f"{format_bytes(fitted.room.bytes, is_estimate=True)} ({fitted.room.description})"
     needed = format_bytes(estimate.memory, is_estimate=True)
     whole = format_bytes(estimate.memory_whole, is_estimate=True)
@@ -237,7 +237,7 @@ def _warn_of_exactness(
         remedy = f"fewer, larger passes send less, such as --micro-batch-size {wanted}"
     else:
         remedy = "fewer, larger passes would send less, but are not possible here"
-    return [f"to add up pass by pass, which is exact, takes {shares}: {remedy}"]
+    return [f"compared with an all-reduce, exact sums cost {shares}: {remedy}"]
 
 
 def _warn_of_idle(estimate: RanksEstimate) -> list[str]:

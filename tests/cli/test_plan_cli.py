@@ -220,7 +220,8 @@ def test_a_model_larger_than_a_machine_is_planned_with_a_part_of_its_blocks():
     tight = planned(*settings, "--ranks", "4", "--memory", size)
     found = tight["ranks"]
     assert (found["shard_base"], found["fits"]) == (True, True)
-    assert found["memory_whole"] - found["memory"] == pytest.approx(absent, rel=0.1)
+    # Measured peaks of two plans: a loaded machine frees some activations later.
+    assert found["memory_whole"] - found["memory"] == pytest.approx(absent, rel=0.2)
     assert tight["memory"]["weights"] == one["memory"]["weights"] - absent
     assert found["sent"] > ranks["sent"]
     assert (

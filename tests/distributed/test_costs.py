@@ -23,7 +23,7 @@ GRADIENT = 36 * 16 * sum(WIDTHS) * 4
         (2, 7, 528, 132, (0.088, 0.48, 4.6)),  # the last round has one pass
     ],
 )
-def test_bytes_of_a_step_by_hand(ranks, passes, gathered, summed, seconds):
+def test_bytes_sent_in_a_step_are_those_computed_by_hand(ranks, passes, gathered, summed, seconds):
     sent = costs.gathered_gradient_bytes(passes, ranks, GRADIENT)
     assert sent / 1e6 == pytest.approx(gathered, abs=0.8)
     assert costs.all_reduced_gradient_bytes(ranks, GRADIENT) / 1e6 == pytest.approx(summed, abs=0.8)
@@ -34,7 +34,7 @@ def test_bytes_of_a_step_by_hand(ranks, passes, gathered, summed, seconds):
 @pytest.mark.parametrize(
     ("ranks", "weights", "received"), [(2, 18, 18), (2, 40, 40), (4, 40, 60), (1, 40, 0)]
 )
-def test_weights_that_a_round_gathers(ranks, weights, received):
+def test_each_round_receives_the_missing_weights_twice(ranks, weights, received):
     found = costs.gathered_weight_bytes(ranks, ranks, int(weights * 1e9))
     assert found == int(received * 1e9)
     assert costs.gathered_weight_bytes(3 * ranks, ranks, int(weights * 1e9)) == 3 * found
@@ -49,7 +49,7 @@ def test_one_rank_costs_nothing():
     assert costs.idle_share([3, 1], 1) == 0
 
 
-def test_memory_of_a_rank():
+def test_a_rank_needs_two_gradients_and_a_chunk_of_each_rank():
     assert costs.exchange_buffers(3, 1000) == 5000
     assert costs.exchange_buffers(3, 10 * CHUNK_BYTES) == 23 * CHUNK_BYTES
     assert costs.held_weight_bytes(3, 100, 7, 20) == 7 + 34 + 20
@@ -64,7 +64,7 @@ def test_a_round_takes_as_long_as_its_longest_pass():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_rounds_are_those_of_the_ranks(size):
+def test_counted_rounds_are_those_that_ranks_run(size):
     """The passes of a round are neighbours, whichever rank computes which."""
     ranks = Ranks()
     ranks.size = size
@@ -77,7 +77,7 @@ def test_rounds_are_those_of_the_ranks(size):
     assert costs.idle_share([len(tokens)], size) == pytest.approx(idle)
 
 
-def test_speedup_and_what_exactness_costs():
+def test_speedup_and_exactness_are_those_computed_by_hand():
     link = LinkKind("some cable", 100.0)
     assert costs.speedup(10, 0.5, 0, link) == 2
     assert costs.speedup(10, 0.5, 500, link) == 1  # five seconds to compute, five to send

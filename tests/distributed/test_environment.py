@@ -27,7 +27,7 @@ RANK = {"MLX_RANK": "1"}
         (RANK | {"MLX_HOSTFILE": "/no/file", "SLURM_STEP_NUM_TASKS": "2"}, "ring", 1),
     ],
 )
-def test_backend_and_rank(variables, backend, rank):
+def test_variables_of_each_launcher_give_backend_and_rank(variables, backend, rank):
     assert find_backend(variables) == backend
     assert find_rank(variables) == rank
 

@@ -17,7 +17,7 @@ from tests.distributed.launched_ranks import Launcher
 RANK_PROGRAM = """
 import logging, os, signal, sys, time
 import mlx_dpo
-from mlx_dpo.distributed import heartbeats, verdict
+from mlx_dpo.distributed import heartbeats, lost_ranks
 from mlx_dpo.distributed.connect import connect
 from mlx_dpo.distributed.launcher_pipe import divert_native_output
 divert_native_output()
@@ -27,7 +27,7 @@ ranks = connect()
 mine = dict(word.split("=") for word in plans).get(str(ranks.rank), "wait")
 is_short = "0=end" in plans
 if any("hang" in plan for plan in plans):
-    verdict.STALL_FACTOR = 0.4
+    lost_ranks.STALL_FACTOR = 0.4
 with open(f"{folder}/new-{ranks.rank}", "w") as file:
     file.write(str(os.getpid()))
 os.rename(f"{folder}/new-{ranks.rank}", f"{folder}/pid-{ranks.rank}")

@@ -87,14 +87,14 @@ def mpirun(count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_mlx_launch_and_the_command_line(tmp_path, one_process, count):
+def test_mlx_launch_starts_the_command_line(tmp_path, one_process, count):
     command = mlx_launch(count) + train_command(tmp_path, tmp_path / "run")
     _, shown = run(command, tmp_path)  # mlx.launch always exits with 0
     assert "Traceback" not in shown
     assert (tmp_path / "run" / "adapters.safetensors").read_bytes() == one_process
 
 
-def test_mlx_launch_and_the_python_api(tmp_path, one_process):
+def test_mlx_launch_starts_the_python_api(tmp_path, one_process):
     (tmp_path / "script.py").write_text(API)
     script = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "run")]
     _, shown = run(mlx_launch(2) + script, tmp_path)
@@ -102,7 +102,7 @@ def test_mlx_launch_and_the_python_api(tmp_path, one_process):
     assert (tmp_path / "run" / "adapters.safetensors").read_bytes() == one_process
 
 
-def test_open_mpi(tmp_path, one_process):
+def test_open_mpi_starts_the_command_line(tmp_path, one_process):
     start, variables = mpirun(3)
     code, shown = run(start + train_command(tmp_path, tmp_path / "run"), tmp_path, **variables)
     assert code == 0, shown

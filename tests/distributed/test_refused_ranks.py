@@ -129,7 +129,7 @@ def results_with_memory(two, name, changes, gigabytes):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"reference_model": "other-base"}])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_cached_log_probs_on_one_rank_only_are_no_matter(two, runs, rank, changes):
+def test_log_probs_cached_on_one_rank_only_change_nothing(two, runs, rank, changes):
     expected = runs[1].train("alone", changes)
     cache = expected.parents[1] / "cache"
     assert list(cache.rglob("*.safetensors")), "nothing was cached"

@@ -80,7 +80,7 @@ def test_a_model_is_sharded_if_its_weights_do_not_fit_on_one_rank(monkeypatch):
         assert choose_ranks(DPOConfig(**settings, shard_base=False), peers)(model) is None
 
 
-def test_settings_that_contradict_shard_base():
+def test_settings_that_contradict_shard_base_are_refused():
     needed = {"model": "m", "pairs": ("p",), "output": "o", "shard_base": True}
     with pytest.raises(ConfigError, match="`full` trains them"):
         DPOConfig(**needed, fine_tune_type="full")

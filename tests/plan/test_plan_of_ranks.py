@@ -71,7 +71,7 @@ def fit_for(ranks, room, size=100_000_000, **settings):
     return fit_ranks(ranks, Policy(), start, choose, MemoryBudget(room, "test")), calls
 
 
-def test_a_plan_by_hand():
+def test_a_plan_has_the_numbers_computed_by_hand():
     chosen, calls = fit_for(2, 10**9)
     assert calls == [(None, 10**9 - 4 * TRAINED)]  # two gradients, and a chunk of each rank
     assert TRAINED < CHUNK_BYTES
@@ -96,7 +96,7 @@ def test_one_rank_is_planned_as_before():
     assert chosen.fitted.passes_at_once == 2
 
 
-def test_the_base_is_divided_if_the_model_does_not_fit_whole():
+def test_the_base_is_sharded_if_the_model_does_not_fit_whole():
     """With four ranks each lacks 3/4 of four blocks, and holds the largest block, of two."""
     absent = 3 * BLOCK - 2 * BLOCK
     needed = 100_000_000 + 6 * TRAINED
@@ -126,7 +126,7 @@ def test_the_base_is_whole_without_recomputation():
     assert (chosen.absent, len(calls)) == (0, 1)
 
 
-def test_the_base_is_divided_as_train_divides_it():
+def test_the_base_is_sharded_as_train_shards_it():
     """It does so by itself if frozen weights take three quarters of the memory, or as it is set."""
     room = 5 * BLOCK * 4 // 3  # five blocks are frozen
     large, small = (fit_for(4, size, size=1000)[0] for size in (room - 4, room + 4))
@@ -135,7 +135,7 @@ def test_the_base_is_divided_as_train_divides_it():
     assert fit_for(4, room + 4, size=1000, shard_base=True)[0].absent == BLOCK
 
 
-def test_exact_sums_that_take_more_than_a_tenth_of_a_step_are_told_with_a_remedy():
+def test_plan_warns_if_exact_sums_cost_more_than_a_tenth_of_a_step():
     steps = [[10] * 8]
     fitted = fit(10**8, 10**9, batch_size=16)
     # Three gradients beyond an all-reduce: 12 MB, a tenth of a second on the slowest link.
@@ -145,19 +145,19 @@ def test_exact_sums_that_take_more_than_a_tenth_of_a_step_are_told_with_a_remedy
     assert slow.links[2].exactness == pytest.approx(
         3 * TRAINED / 0.115e9 / (0.25 + slow.links[2].seconds)
     )
-    [warning] = [line for line in describe_ranks(slow, fitted, 8) if "add up" in line]
+    [warning] = [line for line in describe_ranks(slow, fitted, 8) if "exact sums" in line]
     assert warning.endswith(
-        f"takes {slow.links[2].exactness:.0%} of a step with 1 Gbit/s Ethernet: fewer, larger "
+        f"cost {slow.links[2].exactness:.0%} of a step with 1 Gbit/s Ethernet: fewer, larger "
         "passes send less, such as --micro-batch-size 8"
     )
-    [limited] = [line for line in describe_ranks(slow, fitted, 4) if "add up" in line]
+    [limited] = [line for line in describe_ranks(slow, fitted, 4) if "exact sums" in line]
     assert limited.endswith("such as --micro-batch-size 4")
-    [none] = [line for line in describe_ranks(slow, fitted, 2) if "add up" in line]
+    [none] = [line for line in describe_ranks(slow, fitted, 2) if "exact sums" in line]
     assert "not possible" in none
-    assert not [line for line in describe_ranks(quick, fitted, 8) if "add up" in line]
+    assert not [line for line in describe_ranks(quick, fitted, 8) if "exact sums" in line]
 
 
-def test_ranks_without_a_pass_are_told():
+def test_plan_warns_of_ranks_without_a_pass():
     fitted = fit(10**8, 10**9)
     few = estimate_ranks(3, Policy(), RanksFit(fitted, 1, 0), [[10, 10]], 1.0)
     lines = describe_ranks(few, fitted, 8)

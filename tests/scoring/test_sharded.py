@@ -77,7 +77,7 @@ def test_a_sharded_model_computes_what_the_whole_one_computes(model_type, bits, 
         assert shards.held_bytes <= total / 2 + 64 * len(shards.blocks)
 
 
-def test_gradients_of_adapters_outside_of_the_blocks():
+def test_adapters_outside_of_the_blocks_get_the_gradients_of_the_whole_model():
     """They come before and after the blocks; a second pass adds dropout between and in blocks."""
 
     def adapt_everywhere(model: nn.Module) -> None:
@@ -196,7 +196,7 @@ def test_a_sharded_model_gives_no_gradient_to_others():
         nn.value_and_grad(model, lambda policy: policy(mx.array([[1, 2, 3]])).sum())(model)
 
 
-def test_models_that_cannot_be_sharded():
+def test_models_that_cannot_be_sharded_are_refused():
     model = build("llama")
     model.layers[1].mlp.up_proj = model.layers[0].mlp.up_proj
     with pytest.raises(ModelError, match="have weights in common"):

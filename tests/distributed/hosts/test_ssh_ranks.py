@@ -156,7 +156,7 @@ def test_no_process_stays_after_the_launcher_is_gone(ssh, monkeypatch, how):
         assert process.wait(END_SECONDS) == 137
 
 
-def test_variables_of_jaccl(tmp_path):
+def test_ranks_of_jaccl_get_its_variables(tmp_path):
     file = make_file("jaccl-ring", A="b", OPENBLAS_NUM_THREADS="3")
     place = Place("~/venv/bin/python", "~/work")
     ports = [[32323], []]

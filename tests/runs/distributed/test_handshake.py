@@ -25,7 +25,7 @@ from tests.runs.distributed.thread_ranks import run_ranks
 HERE = threading.local()  # `rank` of the thread
 
 
-def meet_as(ranks):
+def compare_as(ranks):
     HERE.rank = ranks.rank
     return compare_machines(ranks)
 
@@ -53,7 +53,7 @@ def second_rank(monkeypatch):
 )
 def test_ranks_that_would_compute_other_numbers_are_refused(second_rank, name, value, expected):
     second_rank(name, value)
-    for error in run_ranks(2, meet_as):
+    for error in run_ranks(2, compare_as):
         assert isinstance(error, SharedError)
         assert str(error).startswith(f"rank 1 (b): {expected}")
         assert " on rank 0 (a); " in str(error)
@@ -62,7 +62,7 @@ def test_ranks_that_would_compute_other_numbers_are_refused(second_rank, name, v
 def test_what_may_differ_is_recorded(second_rank):
     second_rank("_chip", "M9")
     second_rank("_free_memory_gb", None)
-    first, second = run_ranks(2, meet_as)
+    first, second = run_ranks(2, compare_as)
     assert first.facts == second.facts
     assert [facts["host"] for facts in first.facts] == ["a", "b"]
     assert first.facts[1]["chip"] == "M9"
@@ -86,7 +86,7 @@ def started_run(**settings):
 def test_other_settings_of_a_rank_are_refused(second_rank, settings, expected):
     def run(ranks):
         own = started_run(**settings if ranks.rank else {"batch_size": 16})
-        check_run_settings(meet_as(ranks), own)
+        check_run_settings(compare_as(ranks), own)
 
     for error in run_ranks(2, run):
         assert isinstance(error, SharedError)
@@ -95,19 +95,19 @@ def test_other_settings_of_a_rank_are_refused(second_rank, settings, expected):
 
 def test_standard_input_is_refused_with_several_ranks(second_rank):
     first, second = run_ranks(
-        2, lambda ranks: check_run_settings(meet_as(ranks), started_run(pairs="-"))
+        2, lambda ranks: check_run_settings(compare_as(ranks), started_run(pairs="-"))
     )
     assert type(first) is ConfigError
     assert "several ranks cannot share standard input" in str(first)
     assert type(second) is SharedError
-    check_run_settings(meet_as(Ranks()), started_run(pairs="-"))
+    check_run_settings(compare_as(Ranks()), started_run(pairs="-"))
 
 
 def test_other_pairs_of_a_rank_are_refused_by_name(second_rank):
     digests = ("1" * 64, "2" * 64)
 
     def run(ranks):
-        check_inputs(meet_as(ranks), {"model": "m", "train": digests[ranks.rank]})
+        check_inputs(compare_as(ranks), {"model": "m", "train": digests[ranks.rank]})
 
     expected = "rank 1 (b): the training pairs is 222222222222…, but 111111111111… on rank 0 (a)"
     for error in run_ranks(2, run):
@@ -118,7 +118,7 @@ def test_rank_0_resolves_the_command_line(second_rank):
     calls = []
 
     def run(ranks):
-        return share_settings(meet_as(ranks), lambda: calls.append(ranks.rank) or {"a": [1]})
+        return share_settings(compare_as(ranks), lambda: calls.append(ranks.rank) or {"a": [1]})
 
     assert run_ranks(2, run) == [{"a": [1]}] * 2
     assert calls == [0]
@@ -128,7 +128,7 @@ def test_an_error_in_the_command_line_of_rank_0_ends_all(second_rank):
     def fail():
         raise ConfigError("no such flag")
 
-    first, second = run_ranks(2, lambda ranks: share_settings(meet_as(ranks), fail))
+    first, second = run_ranks(2, lambda ranks: share_settings(compare_as(ranks), fail))
     assert (type(first), type(second)) == (ConfigError, SharedError)
 
 
@@ -165,7 +165,7 @@ def test_the_record_says_on_which_ranks_the_steps_were_trained():
     assert parts == [(0, [None]), (3, ["c", "d"])]
 
 
-def test_different_chips_are_told_once(caplog):
+def test_different_chips_get_one_notice(caplog):
     peers = peers_on("a", "b")
     peers.facts[1]["chip"] = "M4"
     with caplog.at_level(logging.WARNING, logger="mlx_dpo"):
