@@ -222,7 +222,7 @@ class Heartbeats:
         return self._ranks.is_main and self._is_leaving
 
     def _judge(self, now: float) -> None:
-        if self._ends_by_itself():  # the others end as well, because they were told
+        if self._ends_by_itself():  # the others received `end` and end as well
             return
         if self._interrupted is not None:
             self._follow_interrupt(*self._interrupted, now)

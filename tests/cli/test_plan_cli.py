@@ -207,6 +207,7 @@ def test_a_plan_for_several_ranks():
     assert plan("--ranks", "0").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_a_machine_is_planned_with_a_part_of_its_blocks():
     """Four ranks hold a quarter of six blocks each, and a whole one at a time."""
     settings = ("--lora-r", "1", "--micro-batch-size", "1", "--recompute")

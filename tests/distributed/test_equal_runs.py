@@ -4,18 +4,14 @@ import pytest
 
 from tests.distributed.run_cases import CASES, LABELLED, SYNCED, differences
 
-# Each has several of what is shared out among ranks; the slow tests have them one by one.
-GATE = {
-    "dropout, evaluations": {"lora_dropout": 0.3, "eval_steps": 4},
-    "kto, moving reference": LABELLED | SYNCED | {"epochs": 2},
-}
+# Much of what ranks share, in one run; the slow tests have it one by one.
+GATE = LABELLED | SYNCED | {"lora_dropout": 0.3, "eval_steps": 4}
 
 
-def test_some_runs_are_equal_over_one_two_and_three_ranks(runs):
-    for name, changes in GATE.items():
-        expected = runs[1].results(name, changes)
-        for count in (2, 3):
-            assert differences(expected, runs[count].results(name, changes)) == [], (name, count)
+def test_a_run_of_kto_is_equal_over_one_two_and_three_ranks(runs):
+    expected = runs[1].results("gate", GATE)
+    for count in (2, 3):
+        assert differences(expected, runs[count].results("gate", GATE)) == [], count
 
 
 @pytest.mark.slow

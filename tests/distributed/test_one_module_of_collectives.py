@@ -25,7 +25,10 @@ COMMUNICATING = {
 
 def used_names(file):
     """Yield the names that a file imports from `mlx`, and the attributes of `mx` and `nn`."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    text = file.read_text()
+    if not any(name in text for name in COMMUNICATING):  # parsing takes longer
+        return
+    for node in ast.walk(ast.parse(text)):
         match node:
             case ast.Attribute(value=ast.Name(id="mx" | "nn"), attr=name):
                 yield name

@@ -42,7 +42,7 @@ def expected(tmp_path_factory):
     return run_cases(1, tmp_path_factory.mktemp("one"))[0]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_end_with_the_bits_of_one_process(count, expected, tmp_path):
     """Weights, metrics, log-probs and errors; the last step has fewer passes than ranks."""
     for rank, found in enumerate(run_cases(count, tmp_path)):
