@@ -111,6 +111,7 @@ NAME_ERRORS = {
     errno.ENAMETOOLONG: "the name is too long for a file",
     errno.ELOOP: "a loop of symbolic links",
 }
+UNREAD = "the output is not read any more"
 OUT_OF_MEMORY = (
     "memory ran out; close other programs, use a smaller model or batch, or raise the limit of "
     "this shell (`ulimit -d`, `ulimit -v`)"
@@ -218,15 +219,19 @@ def _end_announced() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # Rich's way to end
+            heartbeats.report_error(UNREAD)
         heartbeats.leave(error.code if isinstance(error.code, int) else 0)
         raise
     except KeyboardInterrupt:
         heartbeats.leave(INTERRUPTED)
         raise
     except (DPOError, OSError, ImportError) as error:
+        # click ends this process without a message if its output is not read.
+        message = UNREAD if isinstance(error, BrokenPipeError) else user_message(error)
         if _is_shared(error):
             heartbeats.leave(1)
-        elif (message := user_message(error)) is not None:
+        elif message is not None:
             heartbeats.report_error(message)
         raise
     except click.ClickException as error:

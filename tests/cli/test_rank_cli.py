@@ -1,5 +1,6 @@
 """The command line as one of several ranks: which commands run, and who prints."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -73,6 +74,25 @@ def test_an_error_of_one_rank_is_printed_there(silent, monkeypatch, error, shown
     monkeypatch.setattr("mlx_dpo.cli.train.start_ranks", fail)
     result = CliRunner().invoke(cli, ["train", "pairs.jsonl", "--model", "m"])
     assert (result.exit_code, result.output) == (1, shown)
+
+
+@pytest.mark.parametrize("by_rich", [False, True])
+def test_the_others_end_with_rank_0_whose_output_is_not_read(monkeypatch, by_rich):
+    """As in `mlx-dpo train ... | head -1`."""
+
+    def fail(*args, **how):
+        try:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        except BrokenPipeError:
+            if by_rich:
+                raise SystemExit(1) from None  # as `Console.on_broken_pipe`
+            raise
+
+    reported = []
+    monkeypatch.setattr("mlx_dpo.cli.train.start_ranks", fail)
+    monkeypatch.setattr("mlx_dpo.distributed.heartbeats.report_error", reported.append)
+    result = CliRunner().invoke(cli, ["train", "pairs.jsonl", "--model", "m"])
+    assert (result.exit_code, len(reported)) == (1, 1)
 
 
 @pytest.mark.parametrize(
