@@ -39,6 +39,16 @@ def num_threads() -> int:
     return 0 if _loaded is None else int(_loaded.openblas_get_num_threads())
 
 
+def version() -> str:
+    """Return the version of OpenBLAS; "" if it is not loaded."""
+    if _loaded is None:
+        return ""
+    # The text begins with `OpenBLAS 0.3.21`.
+    _loaded.openblas_get_config.restype = ctypes.c_char_p
+    words = _loaded.openblas_get_config().decode(errors="replace").split()
+    return words[1] if len(words) > 1 else "of unknown version"
+
+
 def set_num_threads(count: int) -> None:
     """Set the number of threads that OpenBLAS uses in this process, if it is loaded."""
     if _loaded is not None:

@@ -1,8 +1,16 @@
 """What the header and the end of a run say about its ranks."""
 
+import pytest
+
 from mlx_dpo.distributed.ranks import Ranks
-from mlx_dpo.runs.distributed.describe import EXACT, describe_ranks, describe_traffic
+from mlx_dpo.runs.distributed.describe import EXACT, THREADS, describe_ranks, describe_traffic
 from mlx_dpo.runs.distributed.peers import Peers
+from mlx_dpo.startup import openblas
+
+
+@pytest.fixture(autouse=True)
+def no_openblas(monkeypatch):
+    monkeypatch.setattr(openblas, "num_threads", lambda: 0)
 
 
 def peers(*hosts, chip="M9", other_chip="M9"):
@@ -39,6 +47,16 @@ def test_weights_that_are_sent_are_named():
 
 def test_ranks_on_different_chips_are_not_called_exact():
     assert EXACT not in describe_ranks(peers("a", "b", other_chip="M7"), 4, 1)
+
+
+def test_the_threads_of_blas_belong_to_what_is_exact(monkeypatch):
+    """With several threads one process may give each of two passes at once half of them."""
+    monkeypatch.setattr(openblas, "num_threads", lambda: 1)
+    assert describe_ranks(peers("a", "b"), 4, 1)[-1] == f"{EXACT}, {THREADS}"
+    monkeypatch.setattr(openblas, "num_threads", lambda: 4)
+    line = describe_ranks(peers("a", "b"), 4, 1)[-1]
+    assert line.startswith("exact: other numbers of ranks have the same bits")
+    assert "OPENBLAS_NUM_THREADS=4; one process has other ones" in line
 
 
 def test_one_rank_says_nothing():

@@ -6,9 +6,16 @@ from math import ceil
 from mlx_dpo.distributed import costs
 from mlx_dpo.runs.distributed.handshake import CHANGES_BITS
 from mlx_dpo.runs.distributed.peers import Peers
+from mlx_dpo.startup import openblas
 from mlx_dpo.units import format_bytes
 
 EXACT = "exact: a run on one rank with passes of this size has the same bits, on the same machine"
+# One process computes two passes at once with half of its threads each, if it has several.
+THREADS = "if it also has one BLAS thread (OPENBLAS_NUM_THREADS=1)"
+SAME_THREADS = (
+    "exact: other numbers of ranks have the same bits, on the same machine and with passes of this "
+    "size and OPENBLAS_NUM_THREADS={}; one process has other ones if it computes two passes at once"
+)
 
 
 def describe_ranks(peers: Peers, passes: float, gradient_bytes: int) -> list[str]:
@@ -39,7 +46,15 @@ def describe_ranks(peers: Peers, passes: float, gradient_bytes: int) -> list[str
         )
     # On different machines a notice says what differs.
     is_exact = all(len({str(facts[name]) for facts in peers.facts}) == 1 for name in CHANGES_BITS)
-    return [*lines, *[EXACT] * is_exact]
+    return [*lines, *[_describe_exactness()] * is_exact]
+
+
+def _describe_exactness() -> str:
+    """Return which runs have the bits of this one, which depend on the threads of OpenBLAS."""
+    threads = openblas.num_threads()  # 0 where MLX does not use it
+    if threads > 1:
+        return SAME_THREADS.format(threads)
+    return f"{EXACT}, {THREADS}" if threads else EXACT
 
 
 def describe_traffic(peers: Peers) -> list[str]:

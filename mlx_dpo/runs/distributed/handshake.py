@@ -27,6 +27,10 @@ PACKAGES = ("mlx-dpo", "mlx", "mlx-lm")
 # Facts that may differ between ranks. Those in CHANGES_BITS change the last bits of the results.
 RECORDED = ("host", "python", "system", "chip", "memory_gb", "free_gb")
 CHANGES_BITS = ("chip", "system")
+# Variables that change last bits: of MLX's compiled operations, of its matrix products on GPUs with
+# TF32, and of those of OpenBLAS. From MLX's sources: by default operations are compiled, and TF32
+# is used.
+VARIABLES = ("MLX_DISABLE_COMPILE", "MLX_ENABLE_TF32", "OPENBLAS_CORETYPE")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -41,14 +45,21 @@ def compare_machines(ranks: Ranks) -> Peers:
         peers.check_same(software(), "install the same version on all hosts")
         peers.check_same(_device_facts(), "the ranks of a run need devices of the same kind")
         peers.check_same(
-            {"BLAS": _blas()}, "set OPENBLAS_NUM_THREADS to the same number for all ranks"
+            {"BLAS": _blas()},
+            "use the same version, and set OPENBLAS_NUM_THREADS to the same number for all ranks",
         )
+        peers.check_same(_variables(), "set the variable on all hosts, or on none")
     return peers
 
 
 def must_be_same() -> dict[str, str]:
     """Return all that `compare_machines` compares, by name."""
-    return software() | _device_facts() | {"BLAS": _blas()}
+    return software() | _device_facts() | {"BLAS": _blas()} | _variables()
+
+
+def _variables() -> dict[str, str]:
+    """Return the environment variables that change the numbers of a rank."""
+    return {f"the variable {name}": os.environ.get(name, "not set") for name in VARIABLES}
 
 
 def software() -> dict[str, str]:
@@ -66,7 +77,9 @@ def _blas() -> str:
     if platform.system() != "Linux" or device_kind() != "cpu":
         return "the system's"
     threads = openblas.num_threads()
-    return f"OpenBLAS with {threads} thread{'s' * (threads != 1)}" if threads else "MLX's own"
+    if not threads:
+        return "MLX's own"
+    return f"OpenBLAS {openblas.version()} with {threads} thread{'s' * (threads != 1)}"
 
 
 def describe_machine() -> dict[str, Any]:

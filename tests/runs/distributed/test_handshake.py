@@ -48,7 +48,12 @@ def second_rank(monkeypatch):
         ("software", handshake.software() | {"mlx": "0.1"}, "mlx is 0.1, but "),
         ("software", handshake.software() | {"Python": "3.9"}, "Python is 3.9, but 3"),
         ("_device_facts", {"the device": "metal (Darwin arm64)"}, "the device is metal"),
-        ("_blas", "OpenBLAS with 7 threads", "BLAS is OpenBLAS with 7 threads, but "),
+        ("_blas", "OpenBLAS 0.3.9 with 7 threads", "BLAS is OpenBLAS 0.3.9 with 7 threads, but "),
+        (
+            "_variables",
+            handshake._variables() | {"the variable MLX_ENABLE_TF32": "0"},
+            "the variable MLX_ENABLE_TF32 is 0, but not set",
+        ),
     ],
 )
 def test_ranks_that_would_compute_other_numbers_are_refused(second_rank, name, value, expected):
