@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_dpo import paths
-from mlx_dpo.distributed.environment import guess_rank
+from mlx_dpo.distributed import environment
 from mlx_dpo.startup import file_limit, jit_cache, openblas, transformers_scan
 
 openblas.use_openblas()  # has to come before the first import of mlx.core, anywhere
-jit_cache.use_private_jit_cache(paths.cache_folder(), guess_rank(os.environ))
+jit_cache.use_private_jit_cache(paths.cache_folder(), environment.guess_rank(os.environ))
 file_limit.keep_low_file_limit()  # before the first import of mlx_lm
 transformers_scan.speed_up_transformers()
 
