@@ -52,7 +52,7 @@ def all_reduced_gradient_bytes(ranks: int, gradient_bytes: int) -> int:
     return 2 * (ranks - 1) * gradient_bytes // ranks
 
 
-def gathered_weight_bytes(passes: int, ranks: int, shared_bytes: int) -> int:
+def gathered_weight_bytes(passes: int, ranks: int, shared_bytes: int, forwards: int = 0) -> int:
     """Return the bytes of frozen weights that each rank receives in a step with `--shard-base`.
 
     A rank lacks (N - 1) / N of the weights. It receives them once in the forward pass of a round
@@ -60,8 +60,10 @@ def gathered_weight_bytes(passes: int, ranks: int, shared_bytes: int) -> int:
 
     Args:
         shared_bytes: weights of which each rank holds a part.
+        forwards: how often the pairs are also scored without gradients, in passes of about this
+            number: for losses over whole batches, WPO and a moving reference.
     """
-    return 2 * count_rounds(passes, ranks) * (ranks - 1) * shared_bytes // ranks
+    return (2 + forwards) * count_rounds(passes, ranks) * (ranks - 1) * shared_bytes // ranks
 
 
 def exchange_buffers(ranks: int, gradient_bytes: int) -> int:

@@ -157,7 +157,10 @@ def estimate_ranks(
     sent = _mean([costs.gathered_gradient_bytes(len(step), ranks, gradient) for step in steps])
     all_reduced = costs.all_reduced_gradient_bytes(ranks, gradient)
     shared = frozen.shared if fit.absent else 0
-    moved = _mean([costs.gathered_weight_bytes(len(step), ranks, shared) for step in steps])
+    forwards = fit.fitted.config.extra_forward_passes
+    moved = _mean(
+        [costs.gathered_weight_bytes(len(step), ranks, shared, forwards) for step in steps]
+    )
     share, passes = costs.busiest_share(steps, ranks), [len(step) for step in steps]
     return RanksEstimate(
         ranks=ranks,

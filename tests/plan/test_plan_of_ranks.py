@@ -110,6 +110,9 @@ def test_the_base_is_sharded_if_the_model_does_not_fit_whole():
     assert tight.memory == 80_000_000 - absent + 6 * TRAINED
     roomy = estimate_ranks(4, Policy(), whole, STEPS, 3.0)
     assert tight.sent - roomy.sent == 2 * 3 * BLOCK  # one round: forward and backward
+    weighted = replace(chosen.fitted, config=replace(chosen.fitted.config, use_weighting=True))
+    scored = estimate_ranks(4, Policy(), replace(chosen, fitted=weighted), STEPS, 3.0)
+    assert scored.sent - roomy.sent == 3 * 3 * BLOCK  # WPO also scores the pairs of the step
     assert tight.links[0].speedup < roomy.links[0].speedup
     lines = describe_ranks(tight, chosen.fitted, 8)
     assert "for a test" not in lines[1]
