@@ -91,13 +91,13 @@ def ranks_flags(
         click.option(
             "--host-python",
             metavar="PYTHON",
-            show_default="this one's path",
+            show_default="the path of this Python",
             help="With --hosts: Python that has mlx-dpo on the other hosts.",
         ),
         click.option(
             "--host-folder",
             metavar="FOLDER",
-            show_default="this one's path",
+            show_default="the path of this folder",
             help="With --hosts: working folder on the other hosts.",
         ),
     )
