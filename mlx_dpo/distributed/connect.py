@@ -160,7 +160,9 @@ def _sockets() -> set[int]:
 
 def _announce_end(ranks: Ranks) -> None:
     """Let the other ranks know how this process ends: normally, or by an exception."""
-    atexit.register(heartbeats.leave, 0)
+    if ranks.backend == "mpi":
+        atexit.register(ranks.release_group)
+    atexit.register(heartbeats.leave, 0)  # before the group is released
     show = sys.excepthook
 
     def report(

@@ -110,6 +110,14 @@ class Ranks:
         """Tell the other ranks, by the next heartbeat, that this rank still works."""
         self._on_progress()
 
+    def release_group(self) -> None:
+        """Let MLX leave the group when the process ends; no operation may follow.
+
+        Open MPI calls a process failed that ends without `MPI_Finalize`, which MLX calls when
+        nothing refers to the group.
+        """
+        self._group = None
+
     # --- sharing out ---------------------------------------------------------------------------
 
     def rounds(self, count: int) -> list[list[int | None]]:

@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.distributed.ranks import SINGLE_PROCESS, Ranks
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.io.arrays import Arrays, named_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays, random_state
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.models.restore import preserved_random_state
 from mlx_dpo.optim.grouped_update import GroupedUpdate
@@ -163,7 +163,8 @@ def optimizer_step(
     _check_finite(step, outputs, norm, micro_batches)
     update.optimizer.learning_rate = plan.learning_rate(step - 1)
     update.apply(policy, weights, clipped)
-    mx.eval(policy.trainable_parameters(), update.optimizer.state)
+    # The random state was restored after each pass, by operations that are not evaluated yet.
+    mx.eval(policy.trainable_parameters(), update.optimizer.state, random_state())
     return outputs, norm
 
 
