@@ -24,8 +24,8 @@ WRITERS = {  # the only modules that may write to stdout and stderr
     "cli/chat/prompt.py": {"input"},
     "cli/collect/__init__.py": {"input"},
     # Programs of the standard library alone, which run on another host.
-    "distributed/hosts/sent/facts.py": {"sys.stdout.write"},  # JSON
-    "distributed/hosts/sent/run_rank.py": {"sys.stderr.write"},
+    "distributed/hosts/remote/facts.py": {"sys.stdout.write"},  # JSON
+    "distributed/hosts/remote/run_rank.py": {"sys.stderr.write"},
 }
 FORBIDDEN = re.compile(
     r"(?:rich\.)?print|pprint|input|click\.(?:echo|secho|echo_via_pager|confirm|prompt|progressbar)"
