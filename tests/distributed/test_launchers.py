@@ -70,7 +70,7 @@ def one_process(tmp_path_factory):
 def mlx_launch(count):
     program = PROGRAMS / "mlx.launch"
     if not program.is_file():
-        pytest.skip("mlx.launch is not installed beside this Python")
+        pytest.skip("mlx.launch is not installed next to this Python")
     return [str(program), "-n", str(count)]
 
 
