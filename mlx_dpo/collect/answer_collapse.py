@@ -10,7 +10,7 @@ from typing import Any
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.generation.batch import GeneratedText
 from mlx_dpo.generation.prompt import encode_prompt
-from mlx_dpo.saved_runs.respond import Responder
+from mlx_dpo.saved_runs.respond import ModelResponder
 from mlx_dpo.training.monitor.samples import (
     CLIPPED,
     LENGTH,
@@ -26,7 +26,7 @@ MORE_CLIPPED = 0.5  # share of answers at the length limit, above the base model
 
 
 def measure_health(
-    policy: Responder,
+    policy: ModelResponder,
     prompts: Sequence[Prompt],
     replies: Sequence[GeneratedText],
     *,

@@ -51,7 +51,7 @@ from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record
 from mlx_dpo.runs.trackers import check_trackers, run_name
 from mlx_dpo.runs.trainer import DPOTrainer
-from mlx_dpo.saved_runs.respond import Responder, open_responder, open_untrained_responder
+from mlx_dpo.saved_runs.respond import ModelResponder, open_responder, open_untrained_responder
 from mlx_dpo.training.monitor.verdict import Verdict
 
 ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; a prime, so that seeds rarely coincide
@@ -171,7 +171,7 @@ class IterativeDPO:
         else:
             self.evaluate(stage.round)
 
-    def load_policy(self, round_number: int) -> Responder:
+    def load_policy(self, round_number: int) -> ModelResponder:
         """Load the policy that training in a round produced; for round 0, the initial policy."""
         if round_number == 0:
             return open_untrained_responder(self.config)
@@ -210,7 +210,7 @@ class IterativeDPO:
                 "another reward, more --answers or a higher --temperature"
             )
 
-    def _note_context(self, policy: Responder, prompts: list[Prompt]) -> None:
+    def _note_context(self, policy: ModelResponder, prompts: list[Prompt]) -> None:
         """Add a note if answers will end at the model's context, once for the same prompts."""
         note = policy.clip_note(prompts, self.settings.sampling.max_tokens)
         if note is not None and note not in self.prompts.notes:

@@ -19,7 +19,8 @@ from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_verdicts
 from mlx_dpo.evaluation.rewards import Judge, Ranking, common_score
-from mlx_dpo.saved_runs.respond import Responder, derive_seed, open_responder, response_provenance
+from mlx_dpo.generation.responder import Responder
+from mlx_dpo.saved_runs.respond import derive_seed, open_responder, response_provenance
 
 JUDGE_CHUNK = 16  # prompts in a chunk for a judge
 PERSON_CHUNK = 4  # prompts in a chunk for a person, who should not wait long

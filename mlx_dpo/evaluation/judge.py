@@ -11,8 +11,6 @@ from typing import Any
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
-from mlx_dpo.generation.decode import strip_thinking
-from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.io.bounded import read_text
 from mlx_dpo.saved_runs.respond import open_responder
 from mlx_dpo.types import Message
@@ -224,9 +222,7 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
             return []
         return responder.answer(conversations, JUDGE_SAMPLING, name=f"{judge}: question to judge")
 
-    def strip(conversation: Sequence[Message], reply: str) -> str:
-        tokenizer = responder.base.tokenizer
-        return strip_thinking(tokenizer, encode_prompt(tokenizer, conversation), reply)
-
     digest = responder.provenance["model_digest"]
-    return ModelJudge(judge, generate, text, strip_thinking=strip, judge_digest=digest)
+    return ModelJudge(
+        judge, generate, text, strip_thinking=responder.strip_thinking, judge_digest=digest
+    )

@@ -22,10 +22,11 @@ from mlx_dpo.evaluation.rewards import (
     RewardFunction,
     common_score,
 )
+from mlx_dpo.generation.responder import Responder
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
-from mlx_dpo.saved_runs.respond import Responder, open_responder
+from mlx_dpo.saved_runs.respond import open_responder
 
 Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LENGTH_RIDGE = 1.0  # ridge penalty on the weight of the length, in units of its standard deviation
@@ -217,7 +218,7 @@ def compare_policies(
     else:
         prompt_list = read_prompts(prompts)
     prompt_list = add_system_prompt(prompt_list, policy.system)
-    answers, notes = policy.respond(prompt_list, sampling), policy.base.notes
+    answers, notes = _answer_texts(policy, prompt_list, sampling), policy.notes
     notes += _context_notes(policy, prompt_list, sampling)
     del policy
     if against is None:
@@ -226,12 +227,16 @@ def compare_policies(
         opponent = open_responder(against)
     else:
         opponent = open_responder(None, model=against)
-    opponent_answers = opponent.respond(prompt_list, sampling)
-    more = (*opponent.base.notes, *_context_notes(opponent, prompt_list, sampling))
+    opponent_answers = _answer_texts(opponent, prompt_list, sampling)
+    more = (*opponent.notes, *_context_notes(opponent, prompt_list, sampling))
     notes += tuple(note for note in more if note not in notes)
     del opponent
     comparison = compare_pairwise(judge, prompt_list, answers, opponent_answers)
     return replace(comparison, notes=notes)
+
+
+def _answer_texts(policy: Responder, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+    return [reply.text for reply in policy.reply(prompts, sampling)]
 
 
 def _context_notes(

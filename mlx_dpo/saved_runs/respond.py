@@ -17,7 +17,9 @@ from mlx_dpo.generation.batch import (
     generate_tokens,
 )
 from mlx_dpo.generation.context import clip_note, context_length, max_answer_tokens
+from mlx_dpo.generation.decode import strip_thinking
 from mlx_dpo.generation.prompt import check_thinking, encode_prompt
+from mlx_dpo.generation.responder import Responder
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.runs.inputs import load_trainable_base
@@ -28,17 +30,13 @@ SEED_STRIDE = 1_000_003  # between the seeds of chunks; a prime, so that seeds r
 
 
 @dataclass(frozen=True)
-class Responder:
+class ModelResponder:
     """A loaded model that answers prompts, with the chat settings of its run."""
 
     base: LoadedModel
     provenance: dict[str, Any]  # name and digest of the model, and of the adapter of a run
     thinking: bool | None = None
     system: str | None = None  # the system message of the training run
-
-    def respond(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
-        """Return the text of one answer per prompt; raise the same errors as `reply`."""
-        return [reply.text for reply in self.reply(prompts, sampling)]
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
         """Generate one answer per prompt; each result says whether it was cut.
@@ -76,6 +74,16 @@ class Responder:
         )
         return [reply.text for reply in replies]
 
+    def strip_thinking(self, conversation: Sequence[Message], reply: str) -> str:
+        """Return a reply to `conversation` without its thinking."""
+        prompt = encode_prompt(self.base.tokenizer, conversation, thinking=self.thinking)
+        return strip_thinking(self.base.tokenizer, prompt, reply)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes of loading, for the user."""
+        return tuple(self.base.notes)
+
     @property
     def context(self) -> int | None:
         """Context length of the model in tokens; None if the model has none."""
@@ -96,7 +104,7 @@ class Responder:
 
 def open_responder(
     run: str | None, *, model: str | None = None, reference: bool = False
-) -> Responder:
+) -> ModelResponder:
     """Load a run's policy, a run's reference or a model without a run, to answer prompts.
 
     Raises:
@@ -106,7 +114,7 @@ def open_responder(
     _check_chat_template(base)
     provenance: dict[str, Any] = {"model": base.source}
     if run is None:
-        return Responder(base, provenance | {"model_digest": model_fingerprint(base.path)})
+        return ModelResponder(base, provenance | {"model_digest": model_fingerprint(base.path)})
     opened = open_run(run)
     if opened.trained_on_text:
         raise ConfigError(
@@ -118,10 +126,10 @@ def open_responder(
     provenance |= {"model_digest": opened.record["provenance"]["model"]}
     if adapter is not None:
         provenance |= {"run": run, "adapter_digest": adapter_digest(Path(adapter))}
-    return Responder(base, provenance, config.thinking, config.system)
+    return ModelResponder(base, provenance, config.thinking, config.system)
 
 
-def open_untrained_responder(config: DPOConfig) -> Responder:
+def open_untrained_responder(config: DPOConfig) -> ModelResponder:
     """Load the untrained policy from which a run with these settings would start.
 
     Raises:
@@ -138,7 +146,7 @@ def open_untrained_responder(config: DPOConfig) -> Responder:
         folder = Path(config.start_adapter)
         load_adapter(base.model, folder)
         provenance |= {"adapter": config.start_adapter, "adapter_digest": adapter_digest(folder)}
-    return Responder(base, provenance, config.thinking, config.system)
+    return ModelResponder(base, provenance, config.thinking, config.system)
 
 
 def _check_chat_template(base: LoadedModel) -> None:

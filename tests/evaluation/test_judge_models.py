@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from mlx_dpo.evaluation import judge as judge_module
 from mlx_dpo.evaluation.judge import NO_VERDICT
+from mlx_dpo.saved_runs.respond import ModelResponder
 
 
 class ThinkingTokenizer:
@@ -27,10 +28,13 @@ class ThinkingTokenizer:
 
 
 def rank_with_reply(monkeypatch, reply):
-    responder = SimpleNamespace(
-        base=SimpleNamespace(tokenizer=ThinkingTokenizer()),
-        provenance={"model_digest": "x"},
-        answer=lambda conversations, sampling, name: [reply] * len(conversations),
+    responder = ModelResponder(
+        SimpleNamespace(tokenizer=ThinkingTokenizer()), {"model_digest": "x"}
+    )
+    monkeypatch.setattr(
+        ModelResponder,
+        "answer",
+        lambda self, conversations, sampling, name: [reply] * len(conversations),
     )
     monkeypatch.setattr(judge_module, "open_responder", lambda run, *, model: responder)
     judge = judge_module.open_judge(None, "m", None)

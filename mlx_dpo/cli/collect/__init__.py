@@ -172,7 +172,7 @@ def _open_sampler(
     responders = open_responders(runs, model)
     for responder in responders:
         clipped = responder.clip_note(prompts, plan.samplings[0].max_tokens)
-        for note in (*responder.base.notes, clipped):
+        for note in (*responder.notes, clipped):
             if note is not None:
                 echo(note, err=True)
     system = responders[0].system
