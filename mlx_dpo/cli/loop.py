@@ -25,8 +25,8 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.phases import phase
 
 if TYPE_CHECKING:
-    from mlx_dpo.collect.iterative_dpo import IterativeDPO
-    from mlx_dpo.collect.iterative_folder import IterativeSettings, Stage
+    from mlx_dpo.collect.iterative.folder import IterativeSettings, Stage
+    from mlx_dpo.collect.iterative.trainer import IterativeDPO
 
 
 @click.command(
@@ -101,7 +101,7 @@ def loop(
     )
 
     from mlx_dpo.cli import program
-    from mlx_dpo.collect.iterative_dpo import IterativeDPO
+    from mlx_dpo.collect.iterative.trainer import IterativeDPO
 
     resume_command = f"{program()} loop --resume --output {shlex.quote(str(config.output))}"
     try:
@@ -128,7 +128,7 @@ def loop(
 
 def _print_results(rounds: list[dict[str, Any]], judge: str) -> None:
     """Print the results of all rounds as a table, and the warnings again."""
-    from mlx_dpo.collect.iterative_report import round_warnings, summary_lines
+    from mlx_dpo.collect.iterative.report import round_warnings, summary_lines
 
     echo(f"\nResults on the held-out prompts, judged by {judge}\n", bold=True)
     for line in summary_lines(rounds):
@@ -156,7 +156,7 @@ def _resolve_settings(
 
     Later sources in this order override earlier ones.
     """
-    from mlx_dpo.collect.iterative_folder import (
+    from mlx_dpo.collect.iterative.folder import (
         IterativePaths,
         IterativeSettings,
         read_loop_record,
@@ -212,7 +212,7 @@ def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> 
     """Run a stage of a round and show its progress on the console."""
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import run_with_progress
-    from mlx_dpo.collect.iterative_report import HEADINGS, round_cells, round_warnings
+    from mlx_dpo.collect.iterative.report import HEADINGS, round_cells, round_warnings
     from mlx_dpo.reporting.terminal.console import make_console, print_label_table
 
     if stage.action == "collect":

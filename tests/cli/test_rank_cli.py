@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import DESCRIPTIONS, cli, output
 from mlx_dpo.cli.output import echo, is_silent, print_warning, silence
 from mlx_dpo.cli.ranks_flags import RanksFlags
-from mlx_dpo.collect.iterative_dpo import IterativeDPO
+from mlx_dpo.collect.iterative.trainer import IterativeDPO
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.runs.distributed.peers import SharedError
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_dpo.collect.answer_collapse import find_collapse, measure_health
-from mlx_dpo.collect.iterative_folder import (
+from mlx_dpo.collect.iterative.collapse import find_collapse, measure_health
+from mlx_dpo.collect.iterative.folder import (
     IterativePaths,
     IterativeSettings,
     SplitPrompts,

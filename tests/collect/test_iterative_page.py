@@ -3,8 +3,8 @@
 import re
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.collect.iterative_folder import IterativeSettings
-from mlx_dpo.collect.iterative_page import make_round_charts, render_loop_page
+from mlx_dpo.collect.iterative.folder import IterativeSettings
+from mlx_dpo.collect.iterative.page import make_round_charts, render_loop_page
 from tests.collect.test_iterative_report import BASE, FIRST, HEALTH
 
 HOSTILE = "<script>alert(1)</script>"

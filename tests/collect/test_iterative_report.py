@@ -1,4 +1,4 @@
-from mlx_dpo.collect.iterative_report import (
+from mlx_dpo.collect.iterative.report import (
     HEADINGS,
     round_cells,
     round_page,

@@ -87,7 +87,7 @@ def import_everything() -> None:
     import transformers  # noqa: F401
 
     import mlx_dpo.cli as commands
-    import mlx_dpo.collect.iterative_dpo
+    import mlx_dpo.collect.iterative.trainer
     import mlx_dpo.export.fuse
     import mlx_dpo.runs.trainer
     import mlx_dpo.saved_runs.report  # noqa: F401

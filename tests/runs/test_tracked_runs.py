@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
-from mlx_dpo.collect.iterative_dpo import IterativeDPO
-from mlx_dpo.collect.iterative_folder import IterativeSettings
+from mlx_dpo.collect.iterative.folder import IterativeSettings
+from mlx_dpo.collect.iterative.trainer import IterativeDPO
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.trackers import TRACKERS
@@ -214,7 +214,7 @@ def test_a_record_without_an_id_gets_an_id(tracked, tmp_path):
 def test_the_rounds_of_a_loop_have_names_of_their_own(config, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("One?\nTwo?\n")
     (tmp_path / "rewards.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
-    monkeypatch.setattr("mlx_dpo.collect.iterative_dpo.check_trackers", lambda config: None)
+    monkeypatch.setattr("mlx_dpo.collect.iterative.trainer.check_trackers", lambda config: None)
     settings = IterativeSettings(
         prompts=str(tmp_path / "prompts.txt"), reward=f"{tmp_path}/rewards.py:length"
     )

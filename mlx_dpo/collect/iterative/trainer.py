@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlx_dpo.adapters.adapter_files import adapter_digest
-from mlx_dpo.collect.answer_collapse import find_collapse, measure_health
-from mlx_dpo.collect.iterative_folder import (
+from mlx_dpo.collect.iterative.collapse import find_collapse, measure_health
+from mlx_dpo.collect.iterative.folder import (
     IterativePaths,
     IterativeSettings,
     SplitPrompts,
@@ -23,8 +23,8 @@ from mlx_dpo.collect.iterative_folder import (
     start_or_resume,
     write_durable,
 )
-from mlx_dpo.collect.iterative_page import render_loop_page
-from mlx_dpo.collect.iterative_report import round_page, summary_page
+from mlx_dpo.collect.iterative.page import render_loop_page
+from mlx_dpo.collect.iterative.report import round_page, summary_page
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.sample import (
     JUDGE_CHUNK,

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_dpo.collect.iterative_folder import IterativeSettings
-from mlx_dpo.collect.iterative_report import (
+from mlx_dpo.collect.iterative.folder import IterativeSettings
+from mlx_dpo.collect.iterative.report import (
     ANSWERS_PER_PAGE,
     LEGEND,
     PAIRS,
