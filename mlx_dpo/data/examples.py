@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, NoReturn
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.errors import ALWAYS_DROPPED, BadPairError, ConfigError, DataError
 from mlx_dpo.schemas import find_schema, parse_row, parse_unpaired
-from mlx_dpo.schemas.compared import VERDICTS
+from mlx_dpo.schemas.labelled import pair_by_prompt
 from mlx_dpo.schemas.messages import TEMPLATE_FIELDS
+from mlx_dpo.schemas.pairs.compared import VERDICTS
 from mlx_dpo.schemas.schema import Row, RowRules, Schema, format_names, rename_columns
-from mlx_dpo.schemas.unpaired import pair_by_prompt
 from mlx_dpo.types import PreferenceExample, UnpairedExample
 
 # Columns with the score of one completion: `score_chosen`, `chosen-score`, ….

@@ -2,19 +2,22 @@
 
 A schema describes how rows store a preference pair (or an unpaired example). It has a name for
 `--schema`, a function that recognizes such a row, and a function that parses the row. To add a
-schema, write it in a file of this package and put it into `SCHEMAS`. Schemas do not depend on
-files or tokenizers.
+schema, write it in a file of this package, or of `pairs` if its rows hold pairs, and put it into
+`SCHEMAS`. Schemas do not depend on files or tokenizers.
 """
 
 from dataclasses import replace
 from difflib import get_close_matches
 
 from mlx_dpo.errors import TIED, BadPairError, DataError
-from mlx_dpo.schemas.compared import COMPARED
-from mlx_dpo.schemas.hh_rlhf import DIALOGUES
-from mlx_dpo.schemas.instructions import ALPACA, ORCA, SHP
+from mlx_dpo.schemas.labelled import LABELLED
 from mlx_dpo.schemas.messages import check_no_media, get_field_type, parse_template_kwargs
-from mlx_dpo.schemas.ranked import RANKED
+from mlx_dpo.schemas.pairs.compared import COMPARED
+from mlx_dpo.schemas.pairs.hh_rlhf import DIALOGUES
+from mlx_dpo.schemas.pairs.instructions import ALPACA, ORCA, SHP
+from mlx_dpo.schemas.pairs.ranked import RANKED
+from mlx_dpo.schemas.pairs.sharegpt import SHAREGPT
+from mlx_dpo.schemas.pairs.trl import MESSAGES, OPENAI, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
 from mlx_dpo.schemas.schema import (
     DEFAULT_RULES,
     Parsed,
@@ -24,9 +27,6 @@ from mlx_dpo.schemas.schema import (
     format_names,
     suggest_columns,
 )
-from mlx_dpo.schemas.sharegpt import SHAREGPT
-from mlx_dpo.schemas.trl import MESSAGES, OPENAI, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
-from mlx_dpo.schemas.unpaired import LABELLED
 from mlx_dpo.types import PreferenceExample, UnpairedExample
 
 # The first schema that fits a row parses it: those with field names of their own come first.

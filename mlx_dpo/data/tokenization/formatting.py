@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from mlx_dpo.data.chat_templates.render import has_template
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.schemas import hh_rlhf
 from mlx_dpo.schemas.messages import to_messages
+from mlx_dpo.schemas.pairs import hh_rlhf
 from mlx_dpo.types import PreferenceExample
 
 SYSTEM_ROLES = ("system", "developer")  # roles of a system turn

@@ -13,8 +13,8 @@ from typing import Any
 
 from mlx_dpo.errors import DIFFERENT_PROMPTS, TIED, BadPairError, DataError
 from mlx_dpo.schemas.messages import make_pair, parse_json_field, parse_messages, parse_text
+from mlx_dpo.schemas.pairs.trl import shared_message_count
 from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema, format_names
-from mlx_dpo.schemas.trl import shared_message_count
 from mlx_dpo.types import PreferenceExample, Text
 
 STEMS = ("output", "response", "answer", "completion", "conversation")

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mlx_dpo.errors import EMPTY_COMPLETION, UNPAIRED, BadPairError, DataError
-from mlx_dpo.schemas.compared import find_answers
 from mlx_dpo.schemas.messages import (
     get_field_type,
     has_content,
@@ -15,8 +14,9 @@ from mlx_dpo.schemas.messages import (
     prompt_digest,
     to_messages,
 )
+from mlx_dpo.schemas.pairs.compared import find_answers
+from mlx_dpo.schemas.pairs.sharegpt import parse_conversation
 from mlx_dpo.schemas.schema import PairOrError, Row, RowRules, Schema
-from mlx_dpo.schemas.sharegpt import parse_conversation
 from mlx_dpo.types import Text, UnpairedExample
 
 FIELDS = frozenset({"prompt", "completion", "messages", "conversations", "label"})
