@@ -10,8 +10,9 @@ from typing import Any
 from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.io.bounded import decode, read_bytes
-from mlx_dpo.schemas import has_pair_schema, hh_rlhf, parse_pairs
+from mlx_dpo.schemas import has_pair_schema, parse_pairs
 from mlx_dpo.schemas.messages import get_field_type, parse_messages, parse_text, to_messages
+from mlx_dpo.schemas.pairs import hh_rlhf
 from mlx_dpo.schemas.schema import Row, format_names
 from mlx_dpo.types import Message, Text
 
