@@ -1,16 +1,18 @@
 """A language model as judge of answers (LLM-as-a-judge), shown two answers in both orders."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
+from mlx_dpo.generation.responder import Responder
 from mlx_dpo.io.bounded import read_text
 from mlx_dpo.saved_runs.respond import open_responder
 from mlx_dpo.types import Message
@@ -25,6 +27,7 @@ WORST_BEAT_BEST = "the worst answer beat the best one"
 
 GenerateReplies = Callable[[Sequence[Sequence[Message]]], list[str]]
 StripThinking = Callable[[Sequence[Message], str], str]
+RubricValues = Callable[[Conversation], Mapping[str, str]]  # further placeholders, for a prompt
 
 
 class _PairwiseVerdict:
@@ -67,6 +70,7 @@ class ModelJudge:
         generate: function that returns the model's reply to each conversation.
         strip_thinking: function that removes the thinking from a reply, because a verdict in the
             thinking is provisional.
+        values: function that returns what further placeholders of the rubric stand for, by prompt.
     """
 
     def __init__(
@@ -76,12 +80,19 @@ class ModelJudge:
         rubric: str,
         *,
         strip_thinking: StripThinking = lambda conversation, reply: reply,
+        values: RubricValues = lambda prompt: {},
         **provenance: Any,
     ) -> None:
         self.name = name
         self.rubric = rubric
-        self._generate, self._strip_thinking = generate, strip_thinking
+        self._generate, self._strip_thinking, self._values = generate, strip_thinking, values
         self._provenance = provenance
+
+    def with_values(self, values: RubricValues) -> Self:
+        """Return the same judge with other values of the further placeholders."""
+        judge = copy(self)
+        judge._values = values
+        return judge
 
     def provenance(self) -> dict[str, Any]:
         """Return the judge's name, model digest and rubric, to be stored with its decisions."""
@@ -121,9 +132,9 @@ class ModelJudge:
 
     def _fill_rubric(self, prompt: Conversation, first: str, second: str) -> list[Message]:
         text = format_conversation(prompt)
-        values = {"{prompt}": text, "{first}": first, "{second}": second}
+        values = {"{prompt}": text, "{first}": first, "{second}": second, **self._values(prompt)}
         # One pass: an answer may itself contain the name of a placeholder.
-        pattern = "|".join(map(re.escape, PLACEHOLDERS))
+        pattern = "|".join(map(re.escape, values))
         filled = re.sub(pattern, lambda match: values[match.group()], self.rubric)
         return [{"role": "user", "content": filled}]
 
@@ -202,8 +213,16 @@ def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> No
         raise ConfigError("`rubric` has no effect without `judge`")
 
 
-def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Judge:
+def open_judge(
+    reward: str | None, judge: str | None, rubric: str | None, *, default: str | None = None
+) -> Judge:
     """Load a judge: the reward function that `reward` names or the model that `judge` names.
+
+    Args:
+        reward: `file.py:function` or `package.module:function`.
+        judge: a model's folder or Hub id.
+        rubric: file with the instructions for the model.
+        default: instructions without such a file; None for the default rubric.
 
     Raises:
         ConfigError: neither or both are given, or the function or the rubric is not valid.
@@ -214,15 +233,21 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
         return load_reward(reward)
     if judge is None:
         raise ConfigError("missing judge: pass --reward FILE:FUNCTION or --judge MODEL")
-    text = default_rubric() if rubric is None else read_rubric(Path(rubric))
-    responder = open_responder(None, model=judge)
+    text = (default or default_rubric()) if rubric is None else read_rubric(Path(rubric))
+    return make_model_judge(judge, open_responder(None, model=judge), text)
+
+
+def make_model_judge(name: str, responder: Responder, rubric: str) -> ModelJudge:
+    """Return a judge that asks a loaded model, which errors and decisions call by `name`."""
 
     def generate(conversations: Sequence[Sequence[Message]]) -> list[str]:
         if not conversations:
             return []
-        return responder.answer(conversations, JUDGE_SAMPLING, name=f"{judge}: question to judge")
+        return responder.answer(conversations, JUDGE_SAMPLING, name=f"{name}: question to judge")
 
-    digest = responder.provenance["model_digest"]
-    return ModelJudge(
-        judge, generate, text, strip_thinking=responder.strip_thinking, judge_digest=digest
-    )
+    digests = {
+        f"judge_{part}": responder.provenance[f"{source}_digest"]
+        for source, part in (("model", "digest"), ("adapter", "adapter_digest"))
+        if f"{source}_digest" in responder.provenance
+    }
+    return ModelJudge(name, generate, rubric, strip_thinking=responder.strip_thinking, **digests)

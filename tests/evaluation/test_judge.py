@@ -143,6 +143,20 @@ def test_placeholders_in_an_answer_are_not_filled():
     assert prompts[0] == "Q hi A {second} B {prompt}"
 
 
+def test_further_placeholders_have_a_value_for_each_prompt():
+    prompts = []
+    judge = make_judge(lambda text: prompts.append(text) or "[[C]]", RUBRIC + " by {principles}")
+    other = [{"role": "user", "content": "{principles}"}]
+    named = judge.with_values(lambda prompt: {"{principles}": f"<{prompt[0]['content']}>"})
+    named.rank([PROMPT, other], [["a", "{principles}"], ["a", "b"]])
+    assert prompts[::2] == [
+        "Q hi A a B {principles} by <hi>",
+        "Q {principles} A a B b by <{principles}>",
+    ]
+    judge.rank([PROMPT], [["a", "b"]])
+    assert prompts[4] == "Q hi A a B b by {principles}"
+
+
 def test_a_conversation_of_several_turns_is_formatted_with_roles():
     turns = [*PROMPT, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "?"}]
     assert format_conversation(PROMPT) == "hi"
