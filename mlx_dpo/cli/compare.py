@@ -57,7 +57,7 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
     PROMPTS is a file of prompts or of pairs, also given as --prompts FILE; without it, the run's
     held-out prompts are used.
     Each token is shaded by log π − log π_ref, to show what training changed. A table below shows
-    length, repetition, and the number of English refusals.
+    length, repetition, and the number of refusals by their wording, in five languages.
     """
     runs, prompts = _split_runs_and_prompts(words)
     page = None if html is None else _html_path(html)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_dpo.adapters.switch import AdapterState
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.inspect.text_anomalies import find_refusal
+from mlx_dpo.data.inspect.refusals import find_refusal
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
 from mlx_dpo.generation.context import clip_note, context_length, max_answer_tokens

@@ -12,7 +12,8 @@ from mlx_dpo.data.inspect.duplicates import ExampleDigests
 from mlx_dpo.data.inspect.findings import CHECK_OF_REASON, FindingLog
 from mlx_dpo.data.inspect.lengths import Lengths
 from mlx_dpo.data.inspect.raw_rows import read_raw_rows
-from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
+from mlx_dpo.data.inspect.refusals import find_refusal
+from mlx_dpo.data.inspect.text_anomalies import find_odd_characters
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source
 from mlx_dpo.data.tokenization.formatting import TokenRules

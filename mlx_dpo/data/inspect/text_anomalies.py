@@ -1,4 +1,4 @@
-"""Find odd characters and refusals in texts."""
+"""Find odd characters in texts."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -24,21 +24,6 @@ CHARACTERS = {
     "invisible-character": INVISIBLE,
 }
 
-AI_PHRASES = ("as an ai language model", "as an ai assistant", "i'm just an ai", "i am just an ai")
-REFUSALS = (  # phrases and regular expressions that begin a refusal
-    "i cannot", "i can't", "i can not", "i am unable to", "i'm unable to", "i am not able to",
-    "i'm not able to", "i won't be able", "i must decline",
-    "sorry, but i", "i'm sorry, but", "i'm sorry, i can", "i am sorry, but", "i apologize, but",
-    "unfortunately, i can", "as an ai", "as a language model", "as a large language model",
-    "as an artificial intelligence",
-    "i(?:'m| am) (?:sorry|afraid),? (?:but |that )*(?:i|this|that)", "i won't", "i will not",
-    "i(?:'m| am) (?:unable|not able)", "i(?:'m| am) an? (?:ai|language model)",
-)  # fmt: skip
-_SENTENCE_START = re.compile(rf"(?:^|[.!?\n])\W*({'|'.join((*AI_PHRASES, *REFUSALS))})(?![a-z])")
-_ANYWHERE = re.compile(rf"\b({'|'.join(AI_PHRASES)})\b")
-SENTENCE_CHARACTERS = 80  # characters of the text that are searched for `REFUSALS`
-AI_CHARACTERS = 300  # characters of the text that are searched for `AI_PHRASES`
-
 
 def find_odd_characters(texts: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each kind of odd character in the texts, with its code points."""
@@ -49,17 +34,6 @@ def find_odd_characters(texts: Iterable[str]) -> Iterator[tuple[str, list[str]]]
         if matches := dict.fromkeys(pattern.findall(text)):
             yield name, [_format_code_points(match) for match in matches]
             text = pattern.sub("", text)  # half of such a sequence is no finding of its own
-
-
-def find_refusal(text: str) -> str | None:
-    """Return the English phrase that marks the text as a refusal; None if it is not a refusal.
-
-    A text is a refusal if a sentence near its beginning starts with one of `REFUSALS`, or if one
-    of `AI_PHRASES` is near its beginning.
-    """
-    start = text[:AI_CHARACTERS].replace("’", "'").lower()
-    match = _SENTENCE_START.search(start[:SENTENCE_CHARACTERS]) or _ANYWHERE.search(start)
-    return match[1] if match else None
 
 
 def _format_code_points(text: str) -> str:

@@ -1,8 +1,8 @@
-"""Odd characters and refusals in texts."""
+"""Odd characters in texts."""
 
 import pytest
 
-from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
+from mlx_dpo.data.inspect.text_anomalies import find_odd_characters
 
 
 def names(text):
@@ -42,40 +42,3 @@ def test_characters_are_reported_as_code_points_and_shown_if_printable():
 def test_a_joiner_between_latin_letters_is_debris():
     assert names("a\u200db") == ["invisible-character"]
     assert names("a \u200db") == []
-
-
-@pytest.mark.parametrize(
-    ("answer", "phrase"),
-    [
-        ("I cannot help.", "i cannot"),
-        ("  **I can't** do that", "i can't"),
-        ("As an AI, I have no feelings.", "as an ai"),
-        ("Well. As an AI language model, no.", "as an ai language model"),
-        ("As an aide to the king", None),
-        ("He said: I cannot", None),
-        ("I can", None),
-        ("x" * 300 + "as an ai language model", None),
-    ],
-)
-def test_the_phrase_of_a_refusal_is_returned(answer, phrase):
-    assert find_refusal(answer) == phrase
-
-
-@pytest.mark.parametrize(
-    ("text", "refusal"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I’m sorry, I cannot do this.", True),
-        ("As an AI language model, I have no body.", True),
-        ("I am not able to say.", True),
-        ("Sorry to hear that! I am sorry for your loss.", False),
-        ("Thank you for asking. I won't do that.", True),
-        ("I am afraid that I have no answer.", True),
-        ("I can do that.", False),
-        ("Cats cannot fly.", False),
-        ("Here is the poem you asked for, with all of its lines and their rhymes, which end "
-         "in: I cannot", False),
-    ],
-)  # fmt: skip
-def test_a_refusal_begins_a_sentence_near_the_start(text, refusal):
-    assert (find_refusal(text) is not None) is refusal
