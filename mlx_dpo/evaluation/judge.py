@@ -14,10 +14,15 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.io.bounded import read_text
-from mlx_dpo.saved_runs.respond import open_responder
+from mlx_dpo.openai_api.address import is_address
+from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.saved_runs.respond import open_any_responder
 from mlx_dpo.types import Message
 
 JUDGE_SAMPLING = Sampling(max_tokens=512)  # greedy: the same verdict each time
+# The thinking of a judge at an address counts, and cannot be switched off from here.
+JUDGE_SAMPLING_WITH_THINKING = Sampling(max_tokens=4096)
+SENT_TO_JUDGE = "prompts, answers and the rubric"
 PLACEHOLDERS = ("{prompt}", "{first}", "{second}")
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICT_OUTCOMES = {"A": WIN, "C": TIE, "B": LOSS}  # for the answer shown first
@@ -214,19 +219,26 @@ def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> No
 
 
 def open_judge(
-    reward: str | None, judge: str | None, rubric: str | None, *, default: str | None = None
+    reward: str | None,
+    judge: str | None,
+    rubric: str | None,
+    connection: Connection | None = None,
+    *,
+    default: str | None = None,
 ) -> Judge:
     """Load a judge: the reward function that `reward` names or the model that `judge` names.
 
     Args:
         reward: `file.py:function` or `package.module:function`.
-        judge: a model's folder or Hub id.
+        judge: a model (a folder or a Hub id), a run folder, or an address of a server.
         rubric: file with the instructions for the model.
+        connection: settings of the connection to an address.
         default: instructions without such a file; None for the default rubric.
 
     Raises:
-        ConfigError: neither or both are given, or the function or the rubric is not valid.
-        ModelError: the model cannot be read.
+        ConfigError: neither or both are given, or the function, the rubric or the address is not
+            valid.
+        ModelError: the model cannot be read, or its server cannot be reached.
     """
     check_judge(reward, judge, rubric)
     if reward is not None:
@@ -234,16 +246,20 @@ def open_judge(
     if judge is None:
         raise ConfigError("missing judge: pass --reward FILE:FUNCTION or --judge MODEL")
     text = (default or default_rubric()) if rubric is None else read_rubric(Path(rubric))
-    return make_model_judge(judge, open_responder(None, model=judge), text)
+    responder = open_any_responder(judge, connection, sends=SENT_TO_JUDGE)
+    # An address may leave open which model answers; the provenance has its name.
+    name = responder.provenance["model"] if is_address(judge) else judge
+    return make_model_judge(name, responder, text)
 
 
 def make_model_judge(name: str, responder: Responder, rubric: str) -> ModelJudge:
     """Return a judge that asks a loaded model, which errors and decisions call by `name`."""
+    sampling = JUDGE_SAMPLING_WITH_THINKING if is_address(name) else JUDGE_SAMPLING
 
     def generate(conversations: Sequence[Sequence[Message]]) -> list[str]:
         if not conversations:
             return []
-        return responder.answer(conversations, JUDGE_SAMPLING, name=f"{name}: question to judge")
+        return responder.answer(conversations, sampling, name=f"{name}: question to judge")
 
     digests = {
         f"judge_{part}": responder.provenance[f"{source}_digest"]

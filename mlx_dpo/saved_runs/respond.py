@@ -22,6 +22,10 @@ from mlx_dpo.generation.prompt import check_thinking, encode_prompt
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
+from mlx_dpo.openai_api.address import is_address
+from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.openai_api.responder import open_api_responder
+from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.inputs import load_trainable_base
 from mlx_dpo.saved_runs.open import load_policy, open_run
 from mlx_dpo.types import Message
@@ -100,6 +104,30 @@ class ModelResponder:
             encode_prompt(self.base.tokenizer, prompt.messages, thinking=self.thinking)
             for prompt in prompts
         ]
+
+
+def open_any_responder(
+    spec: str, connection: Connection | None = None, *, sends: str = "prompts"
+) -> Responder:
+    """Open whatever `spec` names to answer prompts: an address, a run folder or a model.
+
+    Args:
+        spec: address of an OpenAI-compatible server (`http://127.0.0.1:1234/v1#model`), a run
+            folder, or a model (a folder or a Hub id).
+        connection: settings of the connection to an address; by default only this machine.
+        sends: what the requests to an address will contain, such as `prompts and answers`; it is
+            shown before anything is sent to another machine.
+
+    Raises:
+        ConfigError: the address may not be used, or a model has no chat template.
+        ModelError: the server cannot be reached, or the model cannot be read.
+        RunError: the run has no adapters yet, or its model has changed.
+    """
+    if is_address(spec):
+        return open_api_responder(spec, connection, sends=sends)
+    if RunPaths(Path(spec).expanduser()).record.is_file():
+        return open_responder(spec)
+    return open_responder(None, model=spec)
 
 
 def open_responder(

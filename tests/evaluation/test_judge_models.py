@@ -36,7 +36,7 @@ def rank_with_reply(monkeypatch, reply):
         "answer",
         lambda self, conversations, sampling, name: [reply] * len(conversations),
     )
-    monkeypatch.setattr(judge_module, "open_responder", lambda run, *, model: responder)
+    monkeypatch.setattr(judge_module, "open_any_responder", lambda spec, *_, **__: responder)
     judge = judge_module.open_judge(None, "m", None)
     [ranking] = judge.rank([[{"role": "user", "content": "hi"}]], [["one", "other"]])
     return ranking
