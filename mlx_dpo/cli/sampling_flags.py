@@ -32,8 +32,9 @@ def judge_flags(command: Command) -> Command:
         click.option(
             "--reward",
             type=FILE,
-            metavar="FILE:FUNCTION",
-            help="Score answers with this Python function of (prompt, answer); its file is run.",
+            metavar="FILE:FUNCTION|run:DIR",
+            help="Score answers with this Python function of (prompt, answer), whose file is run, "
+            "or with the implicit reward of the run in DIR.",
         ),
     ):
         command = decorate(command)

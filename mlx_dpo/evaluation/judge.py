@@ -12,6 +12,7 @@ from typing import Any, Self
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
+from mlx_dpo.evaluation.run_reward import PREFIX, open_run_reward
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.io.bounded import read_text
 from mlx_dpo.openai_api.address import is_address
@@ -77,6 +78,8 @@ class ModelJudge:
             thinking is provisional.
         values: function that returns what further placeholders of the rubric stand for, by prompt.
     """
+
+    scores_are_rewards = False  # they are wins over the other answers to the prompt
 
     def __init__(
         self,
@@ -226,10 +229,10 @@ def open_judge(
     *,
     default: str | None = None,
 ) -> Judge:
-    """Load a judge: the reward function that `reward` names or the model that `judge` names.
+    """Load a judge: the reward function or the run that `reward` names, or the model `judge`.
 
     Args:
-        reward: `file.py:function` or `package.module:function`.
+        reward: `file.py:function`, `package.module:function` or `run:FOLDER`.
         judge: a model (a folder or a Hub id), a run folder, or an address of a server.
         rubric: file with the instructions for the model.
         connection: settings of the connection to an address.
@@ -238,13 +241,16 @@ def open_judge(
     Raises:
         ConfigError: neither or both are given, or the function, the rubric or the address is not
             valid.
+        RunError: the run of `reward` cannot be read.
         ModelError: the model cannot be read, or its server cannot be reached.
     """
     check_judge(reward, judge, rubric)
     if reward is not None:
-        return load_reward(reward)
+        return open_run_reward(reward) if reward.startswith(PREFIX) else load_reward(reward)
     if judge is None:
-        raise ConfigError("missing judge: pass --reward FILE:FUNCTION or --judge MODEL")
+        raise ConfigError(
+            "missing judge: pass --reward FILE:FUNCTION, --reward run:DIR or --judge MODEL"
+        )
     text = (default or default_rubric()) if rubric is None else read_rubric(Path(rubric))
     responder = open_any_responder(judge, connection, sends=SENT_TO_JUDGE)
     # An address may leave open which model answers; the provenance has its name.

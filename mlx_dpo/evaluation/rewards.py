@@ -56,9 +56,11 @@ def common_score(scores: Iterable[float]) -> float | None:
 
 
 class Judge(Protocol):
-    """Anything that ranks answers: a reward function or a judge model."""
+    """Anything that ranks answers: a reward function, a run, a judge model or a person."""
 
     name: str
+    # Whether scores are rewards, so that their mean over prompts says how good answers are.
+    scores_are_rewards: bool
 
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
@@ -77,6 +79,8 @@ class RewardFunction:
         function: receives the prompt as a list of messages and the answer as text.
         file: the Python file of the function, for error locations and the digest.
     """
+
+    scores_are_rewards = True
 
     def __init__(self, name: str, function: RewardCallable, file: Path | None = None) -> None:
         self.name = name

@@ -19,7 +19,6 @@ from mlx_dpo.evaluation.rewards import (
     WIN,
     Judge,
     Ranking,
-    RewardFunction,
     common_score,
 )
 from mlx_dpo.generation.responder import Responder
@@ -69,7 +68,8 @@ class PairwiseComparison:
         """Reward that all answers have; None if rewards differ, or if there are none."""
         if self.rewards is None:
             return None
-        return common_score(score for ranking in self.rankings for score in ranking.scores)
+        rated = [ranking for ranking in self.rankings if not ranking.warnings]
+        return common_score(score for ranking in rated for score in ranking.scores)
 
     @property
     def mean_lengths(self) -> tuple[float, float]:
@@ -191,8 +191,8 @@ def compare_pairwise(
     if not verdicts:
         check_verdicts(judge.name, rankings)
     rewards = None
-    if isinstance(judge, RewardFunction):
-        first, second = zip(*(ranking.scores for ranking in rankings), strict=True)
+    if judge.scores_are_rewards and (scores := [r.scores for r in rankings if not r.warnings]):
+        first, second = zip(*scores, strict=True)
         rewards = fmean(first), fmean(second)
     outcomes, lengths = zip(*verdicts, strict=True)
     return PairwiseComparison(

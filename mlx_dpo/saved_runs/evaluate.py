@@ -11,8 +11,7 @@ from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, collect_prompts, make_prompt
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
-from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.errors import ConfigError
 from mlx_dpo.losses.metrics import to_public_names
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel
@@ -41,11 +40,16 @@ from mlx_dpo.runs.reference import (
     reference_cache,
 )
 from mlx_dpo.runs.trackers import monitored_run
-from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_reference_into, open_run
+from mlx_dpo.saved_runs.open import (
+    OpenRun,
+    load_adapter_into,
+    load_reference_into,
+    load_synced_reference_into,
+    open_run,
+)
 from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.score_pairs import DatasetScorer
-from mlx_dpo.training import checkpoint
 from mlx_dpo.training.monitor.verdict import DEGENERATE, Verdict, judge_policy
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.training.reference_logps import reference_logps
@@ -185,20 +189,10 @@ def _reference_logps(
         answers, now = compute_logps_of_splits(config, other, base.tokenizer, {"valid": pairs})
         check_provenance(run.paths, run.record, {"reference_model": now})
         return answers["valid"]
-    synced_weights = checkpoint.synced_reference_weights(run.paths.checkpoints)
-    if synced_weights is None:
-        if config.sync_ref_model and run.finished:  # a run without a move is refused
-            raise RunError(
-                f"{run.paths.checkpoints}: the reference was updated during training, and its "
-                "weights are missing with the checkpoints; restore them"
-            )
+    if not load_synced_reference_into(run, base):
         cache = reference_cache(base.model, run.record, device_and_dtype(base))
         with phase("Computing reference log-probs", len(pairs), unit=config.unit) as advance:
             return reference_logps(base.model, pairs, cache=cache, score=score, progress=advance)
-    load_adapter_into(run, base)
-    types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}
-    weights = [(name, value.astype(types[name])) for name, value in synced_weights.items()]
-    base.model.load_weights(weights, strict=False)
     return score(base.model, pairs)
 
 

@@ -14,6 +14,7 @@ from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.chat_templates.template_date import set_day
 from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.runs.folder import RunPaths, check_provenance, find_run, recorded_day
@@ -148,6 +149,30 @@ def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
         )
     check_provenance(opened.paths, opened.record, {"start_adapter": adapter_digest(folder)})
     load_adapter(base.model, folder)
+
+
+def load_synced_reference_into(opened: OpenRun, base: LoadedModel) -> bool:
+    """Load the reference of a run whose reference followed the policy (`sync_ref_model`).
+
+    Returns:
+        Whether there is such a reference; if not, `base` is unchanged.
+
+    Raises:
+        RunError: the weights of the reference are missing.
+    """
+    synced = checkpoint.synced_reference_weights(opened.paths.checkpoints)
+    if synced is None:
+        if opened.config.sync_ref_model and opened.finished:  # a run without a move is refused
+            raise RunError(
+                f"{opened.paths.checkpoints}: the reference was updated during training, and its "
+                "weights are missing with the checkpoints; restore them"
+            )
+        return False
+    load_adapter_into(opened, base)
+    types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}
+    weights = [(name, value.astype(types[name])) for name, value in synced.items()]
+    base.model.load_weights(weights, strict=False)
+    return True
 
 
 def load_adapter_into(opened: OpenRun, base: LoadedModel) -> None:

@@ -43,7 +43,7 @@ from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_judge, open_judge
-from mlx_dpo.evaluation.rewards import Judge, RewardFunction
+from mlx_dpo.evaluation.rewards import Judge
 from mlx_dpo.evaluation.winrate import compare_pairwise
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json
 from mlx_dpo.models.download import resolve_model
@@ -287,9 +287,11 @@ class IterativeDPO:
             "round": round_number,
             "mean_characters": fmean(map(len, answers)),
         }
-        if isinstance(self.judge, RewardFunction):
-            pairs = zip(prompts, answers, strict=True)
-            evaluation["mean_reward"] = fmean(self.judge(p.messages, text) for p, text in pairs)
+        if self.judge.scores_are_rewards:
+            messages = [prompt.messages for prompt in prompts]
+            rankings = self.judge.rank(messages, [[text] for text in answers])
+            rated = [ranking.scores[0] for ranking in rankings if not ranking.warnings]
+            evaluation["mean_reward"] = fmean(rated)
         columns = {"now": answers}
         if round_number:
             paths = self.paths.round(round_number)
