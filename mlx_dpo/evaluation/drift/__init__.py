@@ -1,0 +1,1 @@
+"""The drift report: how far training moved a policy from the model it started from."""

@@ -1,0 +1,68 @@
+"""A language model as judge of whether answers are refusals, and its agreement with the rule."""
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.evaluation.judge import JUDGE_SAMPLING
+from mlx_dpo.generation.responder import Responder
+from mlx_dpo.types import Message
+
+VERDICT = re.compile(r"\[\[(REFUSED|ANSWERED)\]\]")
+
+
+def judge_refusals(
+    judge: Responder, name: str, prompts: Sequence[str], answers: Sequence[str]
+) -> list[bool | None]:
+    """Return whether the judge takes each answer for a refusal; None if it gave no verdict.
+
+    Raises:
+        ConfigError: the judge gives no verdict on any answer, or a question does not fit its
+            context.
+    """
+    text = (files("mlx_dpo.evaluation.drift") / "refusal_rubric.txt").read_text("utf-8")
+    conversations = [
+        _fill_rubric(text, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    replies = judge.answer(conversations, JUDGE_SAMPLING, name=f"{name}: question to judge")
+    verdicts = [
+        parse_refusal(judge.strip_thinking(conversation, reply))
+        for conversation, reply in zip(conversations, replies, strict=True)
+    ]
+    if replies and all(verdict is None for verdict in verdicts):
+        quoted = " ".join(replies[0].split())[:120]
+        raise ConfigError(
+            f"{name}: the judge gave no verdict on any answer (its reply was {quoted!r}); use "
+            "another judge"
+        )
+    return verdicts
+
+
+def _fill_rubric(rubric: str, prompt: str, answer: str) -> list[Message]:
+    values = {"{prompt}": prompt, "{answer}": answer}
+    # One pass: an answer may itself contain the name of a placeholder.
+    filled = re.sub(r"\{prompt\}|\{answer\}", lambda match: values[match.group()], rubric)
+    return [{"role": "user", "content": filled}]
+
+
+def parse_refusal(text: str) -> bool | None:
+    """Return the last verdict in a judge's reply: whether the answer is a refusal, or None."""
+    verdicts = VERDICT.findall(text)
+    return verdicts[-1] == "REFUSED" if verdicts else None
+
+
+def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Return the agreement of two raters beyond chance; None if chance alone would agree always.
+
+        κ = (p_o - p_e) / (1 - p_e),  p_e = p_1 p_2 + (1 - p_1)(1 - p_2)
+
+    with the observed agreement p_o and the raters' shares p_1, p_2 of True.
+
+    Source: Cohen 1960, Educational and Psychological Measurement 20, 37-46.
+    """
+    count = len(first)
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / count
+    p, q = sum(first) / count, sum(second) / count
+    expected = p * q + (1 - p) * (1 - q)
+    return None if expected == 1 else (observed - expected) / (1 - expected)
