@@ -55,11 +55,13 @@ class RunPaths:
         return self.folder / "checkpoints"
 
     @property
-    def best_adapters(self) -> Path:
-        """Path of the folder with the adapters of the best evaluations.
+    def evaluations(self) -> Path:
+        """Path of the folder with the results of `mlx-dpo eval`, one JSON file each."""
+        return self.folder / "evaluations"
 
-        The folder is removed when the run is finished.
-        """
+    @property
+    def best_adapters(self) -> Path:
+        """Path of the best evaluations' adapters, which exists until the run is finished."""
         return self.folder / "best"
 
     @property
@@ -209,8 +211,9 @@ def check_replaceable(paths: RunPaths) -> None:
 
 
 def remove_run(paths: RunPaths) -> None:
-    """Remove record, metrics, samples, checkpoints, best adapters and reference log-probs."""
-    for folder in (paths.checkpoints, paths.best_adapters, paths.reference_logps("train").parent):
+    """Remove record, metrics, samples, results, checkpoints, best adapters and reference logps."""
+    references = paths.reference_logps("train").parent
+    for folder in (paths.checkpoints, paths.best_adapters, paths.evaluations, references):
         shutil.rmtree(folder, ignore_errors=True)
     paths.metrics.unlink(missing_ok=True)
     paths.samples.unlink(missing_ok=True)
