@@ -109,8 +109,8 @@ class ImplicitRewards:
         if not pairs:
             return []
         rewards = self.of_pairs(pairs)
-        sides = np.array(rewards.chosen), np.array(rewards.rejected)
-        return [float(sides[side][number]) for number, side in places]
+        values = np.array(rewards.chosen), np.array(rewards.rejected)
+        return [float(values[side][number]) for number, side in places]
 
     def tokenize(self, prompt: Sequence[Message], answer: str, location: str) -> TokenizedPair:
         """Tokenize an answer to a conversation as training did, into `chosen`.
