@@ -28,11 +28,13 @@ TOO_LONG = "the pair is too long"
 NOT_TEXT = "images, audio and video are not supported"
 TIED = "all completions have the same rating"
 UNPAIRED = "the prompt has no answer with the other label"
+UNJUDGED = "nobody has judged the answers"
 TEMPLATE_ERROR = "the model's chat template refuses the conversation"
 NOT_WRITTEN = "the model's chat template drops a part of the conversation"
 SPECIAL_TOKEN = "a special token of the model in its text cannot be encoded as plain text"
 
-ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED)  # a setting or a rating asks for it; never an error
+# Never an error: a setting or a rating asks for it, or there is no judgement yet.
+ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED, UNJUDGED)
 
 
 class DPOError(Exception):

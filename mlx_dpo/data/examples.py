@@ -41,7 +41,7 @@ def parse_rows(
     for row in (rename_columns(row, rules.renamed) for row in rows):
         schema = find_schema(row, rules)
         _count_row(row, schema, rules, report)
-        if rules.pair_labelled and schema.unpaired:
+        if rules.pair_labelled and schema.has_labels:
             parsed: list[Any] = _parse_unpaired(row, schema, rules)
             unpaired += [example for example in parsed if not isinstance(example, BadPairError)]
             parsed = [bad for bad in parsed if isinstance(bad, BadPairError)]
@@ -76,6 +76,8 @@ def _drop_bad_pairs(parsed: Iterable[Any], report: PairsReport, bad_pairs: str) 
 def _parse_unpaired(
     row: Row, schema: Schema, rules: RowRules
 ) -> list[UnpairedExample | BadPairError]:
+    if schema.has_labels:  # a row may have several, of which one bad example leaves the others
+        return [e for e in parse_row(row, rules, schema) if not isinstance(e, PreferenceExample)]
     try:
         return list(parse_unpaired(row, rules, schema))
     except BadPairError as bad:
@@ -99,7 +101,8 @@ def _count_row(row: Row, schema: Schema, rules: RowRules, report: PairsReport) -
                 f"`column` {name}={rules.renamed[name]} has no effect; rows written as "
                 f"{schema.name} have {format_names(dict.fromkeys(schema.fields))}"
             )
-    report.unused_fields.update(row.record.keys() - used)
+    if not schema.has_own_names:
+        report.unused_fields.update(row.record.keys() - used)
 
 
 def _score_columns(name: str) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.schemas import SCHEMAS
 from mlx_dpo.schemas.schema import DEFAULT_RULES, RowRules
 from mlx_dpo.types import TokenizedPair
 
@@ -55,10 +56,10 @@ def load_pairs(
 
 def check_settings_used(rules: TokenRules, rows: RowRules, reports: Sequence[PairsReport]) -> None:
     """Raise `ConfigError` for a setting that had no effect on any pair of any source."""
-    schemas = {name for report in reports for name in report.schemas}
-    if rows.ranked is not None and "ranked" not in schemas:
+    schemas = [SCHEMAS[name] for report in reports for name in report.schemas]
+    if rows.ranked is not None and not any(schema.has_ranks for schema in schemas):
         raise ConfigError("`ranked` has no effect; no row is a list of rated completions")
-    if rows.pair_labelled and "labelled" not in schemas:
+    if rows.pair_labelled and not any(schema.has_labels for schema in schemas):
         raise ConfigError("`pair_labelled` has no effect; no row has a `label`")
     if rules.thinking is not None and not any(report.as_chat for report in reports):
         raise ConfigError("`thinking` has no effect; no pair goes through the chat template")

@@ -2,14 +2,17 @@
 
 A schema describes how rows store a preference pair (or an unpaired example). It has a name for
 `--schema`, a function that recognizes such a row, and a function that parses the row. To add a
-schema, write it in a file of this package, or of `pairs` if its rows hold pairs, and put it into
-`SCHEMAS`. Schemas do not depend on files or tokenizers.
+schema, write it in a file of this package, or of `pairs` if its rows hold pairs, or of
+`annotation_tools` if a tool exports them, and put it into `SCHEMAS`. Schemas do not depend on files or tokenizers.
 """
 
 from dataclasses import replace
 from difflib import get_close_matches
 
 from mlx_dpo.errors import TIED, BadPairError, DataError
+from mlx_dpo.schemas.annotation_tools.argilla import ARGILLA
+from mlx_dpo.schemas.annotation_tools.label_studio import LABEL_STUDIO
+from mlx_dpo.schemas.annotation_tools.open_webui import OPEN_WEBUI
 from mlx_dpo.schemas.labelled import LABELLED
 from mlx_dpo.schemas.messages import check_no_media, get_field_type, parse_template_kwargs
 from mlx_dpo.schemas.pairs.compared import COMPARED
@@ -33,7 +36,7 @@ from mlx_dpo.types import PreferenceExample, UnpairedExample
 SCHEMAS = {
     schema.name: schema
     for schema in (
-        OPENAI, SHAREGPT, SHP, RANKED, COMPARED, ALPACA, ORCA,
+        OPEN_WEBUI, ARGILLA, LABEL_STUDIO, OPENAI, SHAREGPT, SHP, RANKED, COMPARED, ALPACA, ORCA,
         STRINGS, WHOLE_MESSAGES, MESSAGES, DIALOGUES, WHOLE_STRINGS, LABELLED,
     )
 }  # fmt: skip
@@ -118,7 +121,7 @@ def parse_unpaired(
 ) -> list[UnpairedExample]:
     """Return the unpaired examples of the row.
 
-    A labelled row gives one example. A row with a pair gives a good and a bad example.
+    A labelled row gives one example, or several. A row with a pair gives a good and a bad example.
 
     The arguments are those of `parse_row`.
 
@@ -127,7 +130,7 @@ def parse_unpaired(
         BadPairError: nothing can be learned from the row.
     """
     schema = schema or find_schema(row, rules)
-    if not schema.unpaired:
+    if not schema.has_labels:
         return [
             UnpairedExample(
                 pair.prompt, text, good, row.location, pair.template_kwargs, pair.implicit_prompt

@@ -109,4 +109,5 @@ LABELLED = Schema(
     _parse,
     FIELDS,
     unpaired=True,
+    has_labels=True,
 )

@@ -55,6 +55,9 @@ class Schema:
     tools: Callable[[Record], Any] = lambda record: record.get("tools")
     lists: frozenset[str] = frozenset()  # fields that are lists or objects, and never text
     unpaired: bool = False  # rows hold one labelled completion instead of a pair
+    has_labels: bool = False  # rows can give labelled completions, if `RowRules` asks for them
+    has_ranks: bool = False  # rows can hold ranked lists
+    has_own_names: bool = False  # rows name some fields as they like; none counts as unused
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:

@@ -18,15 +18,21 @@ WITHOUT_EXAMPLES = {"whole-strings", "labelled"}
 RULES = TokenRules(vocab_size=1000, max_length=4096)
 
 
+def example(name):
+    """Return the file of an example: the exports of annotation tools are lists in `.json` files."""
+    [path] = EXAMPLES.glob(f"{name}.json*")
+    return path
+
+
 def tokens(path, rows=None):
     """Return whole rows, because the boundary of a continued prompt is elsewhere."""
     pairs = load_pairs(path, byte_level("qwen-2.5"), RULES, rows=rows or RowRules()).pairs
     return [(p.prompt + p.chosen, p.prompt + p.rejected) for p in pairs], [p.prompt for p in pairs]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.jsonl")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.json*")))
 def test_the_tokens_are_those_of_the_explicit_form(name):
-    rows, prompts = tokens(EXAMPLES / f"{name}.jsonl")
+    rows, prompts = tokens(example(name))
     explicit_rows, explicit_prompts = tokens(EXAMPLES / "explicit" / f"{name}.jsonl")
     assert rows == explicit_rows
     assert (prompts == explicit_prompts) == (name != "prefilled")
@@ -41,15 +47,15 @@ def test_tools_reach_the_tokens(name):
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WITHOUT_EXAMPLES))
 def test_the_schema_of_an_example_is_detected_and_reported(name):
-    for row in read_rows(EXAMPLES / f"{name}.jsonl"):
+    for row in read_rows(example(name)):
         assert find_schema(row).name == name
-    report = load_pairs(EXAMPLES / f"{name}.jsonl", byte_level("qwen-2.5"), RULES).report
+    report = load_pairs(example(name), byte_level("qwen-2.5"), RULES).report
     assert report.lines()[0].endswith(f"(schema {name})")
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WITHOUT_EXAMPLES))
 def test_naming_the_schema_gives_the_same_tokens(name):
-    path = EXAMPLES / f"{name}.jsonl"
+    path = example(name)
     assert tokens(path, RowRules(schema=name)) == tokens(path)
 
 

@@ -120,6 +120,8 @@ CHECKS = {
         Check("tied", WARNING, "answers with equal ratings make no pair", "nothing", unit=ROWS),
         Check("unpaired", WARNING, "the prompt has no answer with the other label",
               "use `--loss-type kto`, which does not need pairs", unit=ROWS),
+        Check("unjudged", WARNING, "nobody has judged the answers",
+              "judge them in the tool that exported them, and export again", unit=ROWS),
         Check("length-bias", WARNING, "a length-only classifier would be right on "
               f"{LENGTH_BIAS_SHARE:.0%} of pairs or more, so the model can learn length instead "
               "of the preference",
@@ -151,6 +153,7 @@ CHECK_OF_REASON = {  # reason of a `BadPairError` -> name of the check
     errors.NOT_TEXT: "not-text",
     errors.TIED: "tied",
     errors.UNPAIRED: "unpaired",
+    errors.UNJUDGED: "unjudged",
     errors.TEMPLATE_ERROR: "template-refused",
     errors.NOT_WRITTEN: "template-drops-content",
     errors.SPECIAL_TOKEN: "active-special-token",

@@ -128,7 +128,7 @@ def _parse_verdict(
 ) -> tuple[float, bool]:
     if name in SIGNED:
         return _number(value, name, location), True
-    if isinstance(value, str) and (lead := _read_word(value, names)) is not None:
+    if isinstance(value, str) and (lead := read_verdict(value, names)) is not None:
         return lead, False
     suffixes = names[0][-1] + names[1][-1]
     number = None if isinstance(value, bool) else _to_number(value)
@@ -145,8 +145,13 @@ def _parse_verdict(
     )
 
 
-def _read_word(text: str, names: tuple[str, str]) -> float | None:
-    """Return -1 if a verdict names the first answer, 1 for the second, 0 for a tie, or None."""
+def read_verdict(text: str, names: tuple[str, str]) -> float | None:
+    """Return -1 if a verdict names the first answer, 1 for the second, 0 for a tie, or None.
+
+    Args:
+        text: the verdict, such as `model_a`, `Response 1`, `second` or `tie`.
+        names: names of the two fields with the answers.
+    """
     word = text.strip().lower().strip("[]")
     if word in TIES:
         return 0

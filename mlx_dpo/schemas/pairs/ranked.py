@@ -47,7 +47,16 @@ def select_pairs(
 
 
 def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
-    prompt, rated = _parse_prompt(row), _parse_rated_completions(row)
+    return make_ranked_pairs(row, rules, _parse_prompt(row), _parse_rated_completions(row))
+
+
+def make_ranked_pairs(
+    row: Row, rules: RowRules, prompt: Text, rated: list[RatedCompletion]
+) -> list[PairOrError]:
+    """Return the pairs of a list of rated completions, as `rules.ranked` says.
+
+    A pair with equal scores becomes a `BadPairError` with the reason `TIED`.
+    """
     selected = list(select_pairs(rated, rules.ranked or "best_worst"))
     num_pairs = sum(chosen.score > rejected.score for chosen, rejected in selected)
     scores = [completion.score for completion in rated]
@@ -157,4 +166,5 @@ RANKED = Schema(
     _parse,
     frozenset({*COMPLETION_FIELDS, *PROMPT_FIELDS, *RATING_LISTS}),
     lists=frozenset({*COMPLETION_FIELDS, *RATING_LISTS}),
+    has_ranks=True,
 )

@@ -71,6 +71,14 @@ def judged(prompt, completion, label):
     return {"prompt": prompt, "completion": completion, "label": label}
 
 
+def compared(**annotation):
+    result = {"type": "pairwise", "value": {"selected": "left"}, "to_name": "answer1,answer2"}
+    return {
+        "data": {"prompt": "p", "answer1": "a", "answer2": "b"},
+        "annotations": [{"result": [result]} | annotation],
+    }
+
+
 def rated(*scores):
     return {"prompt": "p", "completions": [f"a{i}" for i in range(len(scores))], "scores": scores}
 
@@ -156,6 +164,7 @@ CASES = {
         [judged("p", "a", True), judged("p", "b", False)],
         rows={"pair_labelled": True},
     ),
+    "unjudged": Case([compared(), compared(was_cancelled=True)], [compared()]),
     "length-bias": Case(
         [like(prompt=str(i)) for i in range(10)],
         [like(prompt=str(i), chosen="ab" * (i % 2) + "abcdefg") for i in range(10)],

@@ -1,0 +1,1 @@
+"""Schemas of the files that annotation tools and chat programs export with people's judgements."""
