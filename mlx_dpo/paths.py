@@ -32,6 +32,11 @@ def token_cache_folder() -> Path | None:
     return _inside_cache("tokens")
 
 
+def reply_cache_folder() -> Path | None:
+    """Return the folder of replies of models at addresses, which all commands share."""
+    return _inside_cache("replies")
+
+
 def chat_history_file() -> Path | None:
     """Return the path of the file with the lines that the user typed in chats."""
     return _inside_cache("chat-history")

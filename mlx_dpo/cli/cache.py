@@ -1,4 +1,4 @@
-"""`mlx-dpo cache`: list and clear cached reference log-probabilities and tokenized pairs."""
+"""`mlx-dpo cache`: list and clear cached log-probabilities, tokenized pairs and replies."""
 
 import sys
 from collections.abc import Sequence
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 HEADINGS = ("model", "computed on", "files", "pairs", "size", "last used")
 TOKEN_HEADINGS = ("tokens of", "model", "pairs", "size", "last used")
-NUMBERS = ("files", "pairs", "size")
-KINDS = ("reference", "tokens")
+REPLY_HEADINGS = ("replies of", "replies", "size", "last used")
+NUMBERS = ("files", "pairs", "replies", "size")
+KINDS = ("reference", "tokens", "replies")
 
 
 class CacheFolder(NamedTuple):
@@ -63,6 +64,7 @@ def _folder_of(kind: str) -> Path:
 
 def _cache_folders() -> dict[str, CacheFolder]:
     from mlx_dpo.data.tokenization import cache as tokens
+    from mlx_dpo.openai_api import reply_cache
     from mlx_dpo.training import logps_cache
 
     return {
@@ -71,7 +73,7 @@ def _cache_folders() -> dict[str, CacheFolder]:
             module.list_entries(_folder_of(kind)),
             abandoned_paths(_folder_of(kind)),
         )
-        for kind, module in zip(KINDS, (logps_cache, tokens), strict=True)
+        for kind, module in zip(KINDS, (logps_cache, tokens, reply_cache), strict=True)
     }
 
 
@@ -83,25 +85,29 @@ def _cache_folders() -> dict[str, CacheFolder]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.pass_context
 def cache(ctx: click.Context, as_json: bool) -> None:
-    """List the cached reference log-probabilities and tokenized pairs; `cache clear` deletes them.
+    """List cached reference log-probabilities, tokenized pairs and replies of models at addresses.
 
-    Runs reuse both instead of computing them again (tokens are cached for large sources only). They
-    are stored in the user's cache folder, or in the folder that MLX_DPO_CACHE names, under a digest
-    of everything they depend on. Deleting them is safe: the next run computes them again.
+    Commands reuse them instead of computing or asking again (tokens are cached for large sources
+    only). They are stored in the user's cache folder, or in the folder that MLX_DPO_CACHE names,
+    under a digest of everything they depend on. `cache clear` deletes them, which is safe: the next
+    command computes them, or asks, again. A server does not say when a model changes under its
+    name; delete its replies then.
     """
     if ctx.invoked_subcommand is not None:
         if as_json:
             raise ConfigError("`--json` has no effect with `cache clear`")
         return
-    reference, tokens = _cache_folders().values()
+    reference, tokens, replies = _cache_folders().values()
     if as_json:
-        echo_json(_report(reference, tokens))
+        echo_json(_report(reference, tokens, replies))
         return
     if reference.entries or reference.leftovers:
         _show(reference)
     if tokens.entries or tokens.leftovers:
         _show_tokens(tokens)
-    if not any(contents.entries or contents.leftovers for contents in (reference, tokens)):
+    if replies.entries or replies.leftovers:
+        _show_replies(replies)
+    if not any(contents.entries or contents.leftovers for contents in (reference, tokens, replies)):
         echo(f"The cache at {cache_folder()} is empty. (Set {CACHE_VARIABLE} to move it.)")
 
 
@@ -136,9 +142,8 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
         selected = [entry for entry in entries if _is_selected(entry, older_than, model)]
         paths = [entry.path for entry in selected] + list(leftovers)
         size = sum(map(_size, paths))
-        pairs = sum(entry.pairs for entry in selected)
         if paths:
-            what = f"{_files(len(paths))}, {pairs:,} pairs, {format_bytes(size)}"
+            what = f"{_files(len(paths))}, {_content(selected)}, {format_bytes(size)}"
             echo(f"Files to remove from {folder}: {what}")
         to_remove, freed = to_remove + paths, freed + size
     if not to_remove:
@@ -153,6 +158,13 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
             f"{refused[0]}: {len(refused)} of {_files(len(to_remove))} could not be removed; "
             "remove them by hand"
         )
+
+
+def _content(entries: Sequence[Any]) -> str:
+    """Return how many pairs or replies the entries have, which are all of one kind."""
+    if any(hasattr(entry, "replies") for entry in entries):
+        return f"{sum(entry.replies for entry in entries):,} replies"
+    return f"{sum(entry.pairs for entry in entries):,} pairs"
 
 
 def _remove(path: Path) -> bool:
@@ -204,6 +216,13 @@ def _show_tokens(contents: CacheFolder) -> None:
     _show_damaged(contents, "its pairs will be tokenized again")
 
 
+def _show_replies(contents: CacheFolder) -> None:
+    echo(f"{contents.folder} (set {CACHE_VARIABLE} to move it)\n")
+    _table([REPLY_HEADINGS, *map(_reply_row, contents.entries)])
+    echo(f"\n{contents.total}")
+    _show_damaged(contents, "its replies will be asked for again")
+
+
 def _show_damaged(contents: CacheFolder, consequence: str) -> None:
     for entry in contents.entries:
         if entry.damaged:
@@ -231,6 +250,11 @@ def _token_row(entry: Any) -> tuple[str, ...]:
     return (entry.name, entry.model, f"{entry.pairs:,}", format_bytes(entry.size), used)
 
 
+def _reply_row(entry: Any) -> tuple[str, ...]:
+    used = f"{entry.last_used.astimezone():%Y-%m-%d}"
+    return (entry.model, f"{entry.replies:,}", format_bytes(entry.size), used)
+
+
 def _row(group: "ModelGroup") -> tuple[str, ...]:
     return (
         group.model,
@@ -242,7 +266,7 @@ def _row(group: "ModelGroup") -> tuple[str, ...]:
     )
 
 
-def _report(reference: CacheFolder, tokens: CacheFolder) -> dict[str, Any]:
+def _report(reference: CacheFolder, tokens: CacheFolder, replies: CacheFolder) -> dict[str, Any]:
     from mlx_dpo.training.logps_cache import group_by_model
 
     return {
@@ -251,14 +275,23 @@ def _report(reference: CacheFolder, tokens: CacheFolder) -> dict[str, Any]:
         **_damaged(reference),
         "tokens": {
             "folder": str(tokens.folder),
-            "sources": [
-                _to_json(asdict(entry) | {"path": entry.path.name})
-                for entry in tokens.entries
-                if not entry.damaged
-            ],
+            "sources": _undamaged(tokens),
             **_damaged(tokens),
         },
+        "replies": {
+            "folder": str(replies.folder),
+            "models": _undamaged(replies),
+            **_damaged(replies),
+        },
     }
+
+
+def _undamaged(contents: CacheFolder) -> list[dict[str, Any]]:
+    return [
+        _to_json(asdict(entry) | {"path": entry.path.name})
+        for entry in contents.entries
+        if not entry.damaged
+    ]
 
 
 def _to_json(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import TypeGuard
 
 import httpx2
 
@@ -13,7 +14,7 @@ MAX_PORT = 65535
 MDNS = ".local"  # names that only the local network resolves (RFC 6762)
 
 
-def is_address(spec: str | None) -> bool:
+def is_address(spec: str | None) -> TypeGuard[str]:
     """Return whether `spec` is the address of a server, and not a folder or a Hub id."""
     return spec is not None and spec.lower().startswith(SCHEMES)
 

@@ -176,11 +176,7 @@ class ApiClient:
             if status not in (400, 422) or not self._leave_out(parse_error(data), content):
                 break
         self._check_status(status, data, headers.get("retry-after"))
-        reply = parse_reply(data)
-        self._connection.counts.add(
-            replies=1, cut=reply.finish_reason == "length", filtered=reply.is_filtered
-        )
-        return reply
+        return parse_reply(data)
 
     def _supported(self, body: Body) -> Body:
         """Return the fields of a request that the server takes."""

@@ -116,7 +116,7 @@ def bind_connection(connection: Connection, specs: Sequence[str | None]) -> Conn
         ConfigError: an address may not be used, a setting has no effect, or two hosts would get
             the same key.
     """
-    addresses = [connection.open(spec) for spec in specs if spec is not None and is_address(spec)]
+    addresses = [connection.open(spec) for spec in specs if is_address(spec)]
     remote = sorted({address.host for address in addresses if not address.is_loopback})
     default = Connection()
     if not addresses:

@@ -2,19 +2,21 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_dpo.config.sampling import SEEDS, Sampling
 from mlx_dpo.data.prompts import Prompt
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.generation.batch import GeneratedText, GeneratedTokens
 from mlx_dpo.io.notices import notify, notify_once
 from mlx_dpo.openai_api.address import Address
 from mlx_dpo.openai_api.client import ApiClient, Body
-from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.openai_api.connection import Connection, RequestCounts
 from mlx_dpo.openai_api.reply import Reply, strip_thinking
+from mlx_dpo.openai_api.reply_cache import ReplyCache, request_key
+from mlx_dpo.paths import reply_cache_folder
 from mlx_dpo.phases import phase
 from mlx_dpo.types import Message
 from mlx_dpo.units import format_bytes
@@ -23,6 +25,8 @@ UNKNOWN_TOKEN = -1  # stands for the token that ended an answer, which a server 
 # Sampling settings that OpenAI's API does not have; servers name them differently or ignore them.
 NOT_IN_API = ("top_k", "min_p", "repetition_penalty")
 LISTED_MODELS = 20  # in an error
+# What identifies a model in a server's list. Other fields, such as the time, change by themselves.
+IDENTITY = ("id", "owned_by", "root", "parent", "meta", "digest")
 
 
 @dataclass
@@ -34,7 +38,10 @@ class ApiResponder:
 
     address: Address  # with its model
     client: ApiClient
+    cache: ReplyCache
+    counts: RequestCounts
     sends: str
+    model: dict[str, Any]  # what the server says about the model, as part of the cache's keys
     notes: tuple[str, ...] = ()
     system: str | None = None
     _is_noted: bool = field(default=False, init=False, repr=False)  # that text leaves this machine
@@ -83,20 +90,46 @@ class ApiResponder:
         self, conversations: Sequence[Sequence[Message]], sampling: Sampling
     ) -> list[Reply]:
         bodies = self._bodies(conversations, sampling)
-        keys = [json.dumps(body, sort_keys=True) for body in bodies]
+        keys = [request_key(self.model, body) for body in bodies]
         wanted = dict(zip(keys, bodies, strict=True))  # greedy answers may be wanted twice
-        replies: dict[str, Reply] = {}
-        missing = [key for key in wanted if key not in replies]
-        self._note_remote([wanted[key] for key in missing])
-        with phase("Waiting for replies", len(missing), unit="replies") as count:
+        stored = {key: reply for key in wanted if (reply := self.cache.get(key)) is not None}
+        missing = {key: body for key, body in wanted.items() if key not in stored}
+        self._note_remote(list(missing.values()))
+        replies = stored | self._ask(missing)
+        self.counts.add(
+            cached=len(stored),
+            cut=sum(reply.finish_reason == "length" for reply in replies.values()),
+            filtered=sum(reply.is_filtered for reply in replies.values()),
+        )
+        return [replies[key] for key in keys]
+
+    def _ask(self, bodies: Mapping[str, Body]) -> dict[str, Reply]:
+        """Send requests by their keys; store each reply when it arrives.
+
+        Raises:
+            ModelError: the server cannot be reached, refuses a request or sends no answers.
+        """
+        keys, replies = list(bodies), dict[str, Reply]()
+        if not keys:
+            return replies
+        with phase("Waiting for replies", len(keys), unit="replies") as count:
 
             def save(number: int, reply: Reply) -> None:
-                replies[missing[number]] = reply
+                replies[keys[number]] = reply
+                if reply.is_usable:
+                    self.cache.add(keys[number], reply)
+                    self.counts.add(replies=1)
                 count(1)
 
-            if missing:
-                self.client.complete([wanted[key] for key in missing], save)
-        return [replies[key] for key in keys]
+            try:
+                self.client.complete(list(bodies.values()), save)
+            except ModelError as error:
+                if not self.cache.is_stored or not self.counts.replies:
+                    raise
+                raise ModelError(
+                    f"{error}; what it has answered is stored, and the same command continues"
+                ) from None
+        return replies
 
     def _bodies(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Body]:
         """Return the requests for the conversations; equal ones differ in their seeds."""
@@ -158,17 +191,28 @@ def open_api_responder(
     if address.model is None:
         address = _choose_model(address, names)
         client = ApiClient(address, connection)
-    shown = ", ".join(f"`{name}`" for name in names[:LISTED_MODELS])
-    is_listed = address.model in names or not names
-    notes = (
-        () if is_listed else (f"{address}: the server does not list this model (found {shown})",)
+    notes: tuple[str, ...] = ()
+    if names and address.model not in names:
+        notes = (f"{address}: the server does not list this model (found {_shown(names)})",)
+    model = next((row for row in listed if row["id"] == address.model), {})
+    return ApiResponder(
+        address,
+        client,
+        ReplyCache(reply_cache_folder(), str(address)),
+        connection.counts,
+        sends,
+        {name: model[name] for name in IDENTITY if name in model},
+        notes,
     )
-    return ApiResponder(address, client, sends, notes)
 
 
 def _choose_model(address: Address, names: Sequence[str]) -> Address:
     if len(names) == 1:
         return Address(address.url, address.host, names[0])
-    shown = ", ".join(names[:LISTED_MODELS]) + (", …" if len(names) > LISTED_MODELS else "")
-    found = f"found {shown}" if names else "the server lists none"
+    found = f"found {_shown(names)}" if names else "the server lists none"
     raise ConfigError(f"{address}: name one of its models ({found}), as in {address.url}#MODEL")
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > LISTED_MODELS else ""
+    return ", ".join(names[:LISTED_MODELS]) + more

@@ -66,6 +66,10 @@ def test_an_empty_cache_is_one_friendly_line(folder):
             "folder": str(folder.parent / "tokens"), "sources": [],
             "damaged": [], "half_written": [],
         },
+        "replies": {
+            "folder": str(folder.parent / "replies"), "models": [],
+            "damaged": [], "half_written": [],
+        },
     }  # fmt: skip
 
 
