@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.command import FILE, missing_message
 from mlx_dpo.cli.output import echo
-from mlx_dpo.cli.sampling_flags import judge_flags
+from mlx_dpo.cli.sampling_flags import connection_flags, judge_flags, print_counts
 from mlx_dpo.cli.setting_flags import (
     SettingsCommand,
     config_flag,
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 )
 @click.option("--max-tokens", default=512, help="Maximum number of tokens per answer.")
 @judge_flags
+@connection_flags
 @setting_flags(lambda spec: True, also_required=("output",))
 @help_all_flag
 @click.pass_context
@@ -117,6 +118,7 @@ def loop(
     last = trainer.paths.round(trainer.last_round)
     rounds = [trainer.read_evaluation(number) for number in range(trainer.last_round + 1)]
     _print_results(rounds, str(trainer.judge.name))
+    print_counts(trainer.connection)
     if trainer.last_round < settings.rounds:
         echo(
             f"Stopped after round {trainer.last_round}: its answers have collapsed; to continue: "

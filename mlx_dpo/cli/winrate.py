@@ -6,7 +6,15 @@ import click
 
 from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo, echo_json
-from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
+from mlx_dpo.cli.sampling_flags import (
+    DEFAULT_SEED,
+    connection_flags,
+    judge_flags,
+    make_connection,
+    make_samplings,
+    print_counts,
+    sampling_flags,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,10 +36,11 @@ if TYPE_CHECKING:
     "--against",
     type=FOLDER,
     metavar="RUN|MODEL",
-    help="Opponent of RUN.",
+    help="Opponent of RUN: a run, a model, or an address such as http://127.0.0.1:1234/v1#MODEL.",
     show_default="the reference of RUN",
 )
 @judge_flags
+@connection_flags
 @sampling_flags(
     temperature=0.7, seed=DEFAULT_SEED, remarks={"temperature": "The default is that of `chat`."}
 )
@@ -54,16 +63,20 @@ def winrate(
     at equal length by a logistic regression, as in AlpacaEval 2 (arXiv:2404.04475). A judge model
     is prompted with both orders of the two answers; if its verdicts disagree, the answers tie.
     """
+    connection = make_connection(settings, judge, against)
     [sampling] = make_samplings(settings)
 
     from mlx_dpo.evaluation.judge import open_judge
     from mlx_dpo.evaluation.winrate import compare_policies
     from mlx_dpo.reporting.terminal.console import make_console
 
-    opened_judge = open_judge(reward, judge, rubric)
-    comparison = compare_policies(run, opened_judge, sampling, prompts=prompts, against=against)
+    opened_judge = open_judge(reward, judge, rubric, connection)
+    comparison = compare_policies(
+        run, opened_judge, sampling, prompts=prompts, against=against, connection=connection
+    )
     for note in comparison.notes:
         echo(note, err=True)
+    print_counts(connection)
     if (score := comparison.common_reward) is not None:
         echo(
             f"Warning: the reward gave every answer the same score ({score}), so the win rate says "

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -22,10 +21,11 @@ from mlx_dpo.evaluation.rewards import (
     common_score,
 )
 from mlx_dpo.generation.responder import Responder
-from mlx_dpo.runs.folder import RunPaths
+from mlx_dpo.openai_api.address import is_address
+from mlx_dpo.openai_api.connection import Connection
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
-from mlx_dpo.saved_runs.respond import open_responder
+from mlx_dpo.saved_runs.respond import open_any_responder, open_responder
 
 Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LENGTH_RIDGE = 1.0  # ridge penalty on the weight of the length, in units of its standard deviation
@@ -201,17 +201,26 @@ def compare_pairwise(
 
 
 def compare_policies(
-    run: str, judge: Judge, sampling: Sampling, *, prompts: str | None, against: str | None
+    run: str,
+    judge: Judge,
+    sampling: Sampling,
+    *,
+    prompts: str | None,
+    against: str | None,
+    connection: Connection | None = None,
 ) -> PairwiseComparison:
     """Let a judge compare the answers of a run's policy with those of an opponent.
 
     Only one of the two models is in memory at a time. The opponent is the run's reference if
-    `against` is None. Without `prompts`, the run's held-out prompts are used.
+    `against` is None; else `against` names a run, a model or an address. Without `prompts`, the
+    run's held-out prompts are used.
 
     Raises:
         ConfigError: no prompts were held out, or the judge gives no verdict.
         RunError, ModelError, DataError: a run, a model or the prompts cannot be read.
     """
+    # An address takes no memory, and may be wrong.
+    at_address = open_any_responder(against, connection) if is_address(against) else None
     policy = open_responder(run)
     if prompts is None:
         prompt_list = held_out_prompts(open_run(run), policy.base)
@@ -221,18 +230,18 @@ def compare_policies(
     answers, notes = _answer_texts(policy, prompt_list, sampling), policy.notes
     notes += _context_notes(policy, prompt_list, sampling)
     del policy
-    if against is None:
-        opponent = open_responder(run, reference=True)
-    elif RunPaths(Path(against).expanduser()).record.is_file():
-        opponent = open_responder(against)
-    else:
-        opponent = open_responder(None, model=against)
+    opponent = at_address or _open_opponent(run, against)
     opponent_answers = _answer_texts(opponent, prompt_list, sampling)
     more = (*opponent.notes, *_context_notes(opponent, prompt_list, sampling))
     notes += tuple(note for note in more if note not in notes)
     del opponent
     comparison = compare_pairwise(judge, prompt_list, answers, opponent_answers)
     return replace(comparison, notes=notes)
+
+
+def _open_opponent(run: str, against: str | None) -> Responder:
+    """Load the run or model `against`, or the reference of `run` if it is None."""
+    return open_responder(run, reference=True) if against is None else open_any_responder(against)
 
 
 def _answer_texts(policy: Responder, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:

@@ -20,12 +20,17 @@ from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_held_out_prompt
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json
+from mlx_dpo.openai_api.connection import Connection, bind_connection
 from mlx_dpo.runs.folder import RunPaths, read_record
 
 HELD_OUT_FRACTION = 0.1
 CHANGEABLE_SETTINGS = (
     "rounds",
     "on_collapse",
+    "allow_remote",
+    "api_key_env",
+    "max_concurrency",
+    "request_timeout",
 )  # settings of iterative DPO that may change on resume
 
 Action = Literal["collect", "train", "evaluate"]
@@ -55,6 +60,11 @@ class IterativeSettings:
     reward: str | None = None
     judge: str | None = None
     rubric: str | None = None
+    # Of the connection to a judge at an address.
+    allow_remote: bool = False
+    api_key_env: str | None = None  # the name of the variable; the key is stored nowhere
+    max_concurrency: int = 4
+    request_timeout: float = 600.0
     on_collapse: Literal["warn", "stop"] = "warn"
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, seed=0))
 
@@ -65,6 +75,21 @@ class IterativeSettings:
         if self.prompts == "-":
             raise ConfigError("prompts are read in every round, but `-` can be read only once")
         SamplingPlan(answers=self.answers, samplings=(self.sampling,)).check(1)
+        self.connect()
+
+    def connect(self) -> Connection:
+        """Return the settings of the connection to the judge.
+
+        Raises:
+            ConfigError: the judge's address may not be used, or a setting has no effect.
+        """
+        connection = Connection(
+            allow_remote=self.allow_remote,
+            api_key_env=self.api_key_env,
+            max_concurrency=self.max_concurrency,
+            request_timeout=self.request_timeout,
+        )
+        return bind_connection(connection, [self.judge])
 
 
 class SplitPrompts(NamedTuple):

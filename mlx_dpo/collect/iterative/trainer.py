@@ -86,6 +86,7 @@ class IterativeDPO:
         if settings.reward is None and settings.judge is None:
             raise ConfigError("missing judge: pass --reward or --judge")
         self.config, self.settings, self.resume = config, settings, resume
+        self.connection = settings.connect()
         self.paths = IterativePaths(Path(config.output))
         self._resources = ExitStack()
         if settings.reference == "base" and (config.bits or config.start_adapter):
@@ -141,7 +142,7 @@ class IterativeDPO:
     def judge(self) -> Judge:
         """Judge that ranks the answers: a reward function or a model, loaded at first use."""
         settings = self.settings
-        return open_judge(settings.reward, settings.judge, settings.rubric)
+        return open_judge(settings.reward, settings.judge, settings.rubric, self.connection)
 
     def stages(self) -> Iterator[Stage]:
         """Yield the stages that are still to run.
