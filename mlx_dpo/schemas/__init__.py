@@ -3,7 +3,8 @@
 A schema describes how rows store a preference pair (or an unpaired example). It has a name for
 `--schema`, a function that recognizes such a row, and a function that parses the row. To add a
 schema, write it in a file of this package, or of `pairs` if its rows hold pairs, or of
-`annotation_tools` if a tool exports them, and put it into `SCHEMAS`. Schemas do not depend on files or tokenizers.
+`annotation_tools` if a tool exports them, and put it into `SCHEMAS`. Schemas do not depend on
+files or tokenizers.
 """
 
 from dataclasses import replace
