@@ -49,6 +49,19 @@ class WinRate:
         """Number of compared prompts: wins, ties and losses."""
         return self.wins + self.ties + self.losses
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts and the rates as JSON values."""
+        return {
+            "judged": self.count,
+            "wins": self.wins,
+            "ties": self.ties,
+            "losses": self.losses,
+            "win_rate": self.rate,
+            "interval_95": [self.low, self.high],
+            "interval": "Wilson",
+            "length_controlled_win_rate": self.length_controlled,
+        }
+
 
 @dataclass(frozen=True)
 class PairwiseComparison:
@@ -78,17 +91,9 @@ class PairwiseComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the win rates and lengths, without prompts and answers, as JSON values."""
-        rate = self.rate
         return {
             "prompts": len(self.prompts),
-            "judged": rate.count,
-            "wins": rate.wins,
-            "ties": rate.ties,
-            "losses": rate.losses,
-            "win_rate": rate.rate,
-            "interval_95": [rate.low, rate.high],
-            "interval": "Wilson",
-            "length_controlled_win_rate": rate.length_controlled,
+            **self.rate.to_dict(),
             "mean_rewards": None if self.rewards is None else list(self.rewards),
             "mean_characters": list(self.mean_lengths),
             "doubts": dict(self.warnings),
@@ -200,6 +205,16 @@ def compare_pairwise(
     )
 
 
+@dataclass(frozen=True)
+class AnswersOfBoth:
+    """Answers of a run's policy and of an opponent to the same prompts, in their order."""
+
+    prompts: Sequence[Prompt]
+    answers: Sequence[str]
+    opponent_answers: Sequence[str]
+    notes: tuple[str, ...] = ()  # of loading the models
+
+
 def compare_policies(
     run: str,
     judge: Judge,
@@ -211,12 +226,28 @@ def compare_policies(
 ) -> PairwiseComparison:
     """Let a judge compare the answers of a run's policy with those of an opponent.
 
+    The arguments are those of `answer_with_both`.
+
+    Raises:
+        ConfigError: no prompts were held out, or the judge gives no verdict.
+        RunError, ModelError, DataError: a run, a model or the prompts cannot be read.
+    """
+    both = answer_with_both(run, sampling, prompts=prompts, against=against)
+    comparison = compare_pairwise(judge, both.prompts, both.answers, both.opponent_answers)
+    return replace(comparison, notes=both.notes)
+
+
+def answer_with_both(
+    run: str, sampling: Sampling, *, prompts: str | None, against: str | None
+) -> AnswersOfBoth:
+    """Let a run's policy and an opponent answer prompts, one after the other.
+
     Only one of the two models is in memory at a time. The opponent is the run's reference if
     `against` is None; else `against` names a run, a model or an address. Without `prompts`, the
     run's held-out prompts are used.
 
     Raises:
-        ConfigError: no prompts were held out, or the judge gives no verdict.
+        ConfigError: no prompts were held out.
         RunError, ModelError, DataError: a run, a model or the prompts cannot be read.
     """
     # An address takes no memory, and may be wrong.
@@ -235,8 +266,7 @@ def compare_policies(
     more = (*opponent.notes, *_context_notes(opponent, prompt_list, sampling))
     notes += tuple(note for note in more if note not in notes)
     del opponent
-    comparison = compare_pairwise(judge, prompt_list, answers, opponent_answers)
-    return replace(comparison, notes=notes)
+    return AnswersOfBoth(prompt_list, answers, opponent_answers, notes)
 
 
 def _open_opponent(run: str, against: str | None) -> Responder:
