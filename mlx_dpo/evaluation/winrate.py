@@ -232,13 +232,18 @@ def compare_policies(
         ConfigError: no prompts were held out, or the judge gives no verdict.
         RunError, ModelError, DataError: a run, a model or the prompts cannot be read.
     """
-    both = answer_with_both(run, sampling, prompts=prompts, against=against)
+    both = answer_with_both(run, sampling, prompts=prompts, against=against, connection=connection)
     comparison = compare_pairwise(judge, both.prompts, both.answers, both.opponent_answers)
     return replace(comparison, notes=both.notes)
 
 
 def answer_with_both(
-    run: str, sampling: Sampling, *, prompts: str | None, against: str | None
+    run: str,
+    sampling: Sampling,
+    *,
+    prompts: str | None,
+    against: str | None,
+    connection: Connection | None = None,
 ) -> AnswersOfBoth:
     """Let a run's policy and an opponent answer prompts, one after the other.
 
