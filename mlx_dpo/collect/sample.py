@@ -1,7 +1,7 @@
 """Sample several answers per prompt, and let a reward function or a judge model choose pairs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
@@ -19,11 +19,15 @@ from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_verdicts
 from mlx_dpo.evaluation.rewards import Judge, Ranking, common_score
+from mlx_dpo.generation.batch import GeneratedText
 from mlx_dpo.generation.responder import Responder
-from mlx_dpo.saved_runs.respond import derive_seed, open_responder, response_provenance
+from mlx_dpo.saved_runs.respond import open_responder, response_provenance, with_chunk_seed
 
 JUDGE_CHUNK = 16  # prompts in a chunk for a judge
 PERSON_CHUNK = 4  # prompts in a chunk for a person, who should not wait long
+
+# Makes a decision of a task, the judge's ranking, and the judge's provenance.
+Decide = Callable[[RankingTask, Ranking, Mapping[str, Any]], Decision]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +83,21 @@ def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> 
     def sample_answers(prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
         answers: list[dict[int, Answer]] = [{} for _ in prompts]
         for (model, setting), positions in plan.assign(len(responders)).items():
-            responder, sampling = responders[model], plan.samplings[setting]
-            if sampling.seed is not None:
-                sampling = replace(sampling, seed=derive_seed(sampling.seed, chunk, positions[0]))
+            responder = responders[model]
+            sampling = with_chunk_seed(plan.samplings[setting], chunk, positions[0])
             replies = responder.reply([p for p in prompts for _ in positions], sampling)
             source = response_provenance(responder, sampling)
             for number, reply in enumerate(replies):
                 prompt, repeat = divmod(number, len(positions))
-                answers[prompt][positions[repeat]] = Answer(
-                    reply.text, source, reply.is_truncated, reply.finish_reason == "context"
-                )
+                answers[prompt][positions[repeat]] = make_answer(reply, source)
         return [[by_position[p] for p in sorted(by_position)] for by_position in answers]
 
     return sample_answers
+
+
+def make_answer(reply: GeneratedText, source: dict[str, Any]) -> Answer:
+    """Return an answer of a generated text and what produced it."""
+    return Answer(reply.text, source, reply.is_truncated, reply.finish_reason == "context")
 
 
 def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
@@ -105,7 +111,26 @@ def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
     return [open_responder(run) for run in runs] or [open_responder(None, model=model)]
 
 
-def judge_all(tasks: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, Decision]]:
+def decide(task: RankingTask, ranking: Ranking, provenance: Mapping[str, Any]) -> Decision:
+    """Return a pair of best and worst answer, or a skip on a tie or an unreliable verdict."""
+    provenance = ranking_provenance(ranking, provenance)
+    if ranking.is_tie or ranking.warnings:
+        texts = tuple(answer.text for answer in task.answers)
+        why = (*ranking.warnings, TIE)[0]
+        return Decision(task.prompt, provenance, skip_reason=why, answers=texts)
+    return make_pair(task, ranking.best, ranking.worst, provenance)
+
+
+def ranking_provenance(ranking: Ranking, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the judge's provenance with its scores, and its replies if it is a model."""
+    replies = list(ranking.judge_replies)
+    scores = {"points": list(ranking.scores)} | ({"judge_replies": replies} if replies else {})
+    return {**provenance, **scores}
+
+
+def judge_all(
+    tasks: TaskSampler, judge: Judge, decide: Decide = decide
+) -> Iterator[tuple[RankingTask, Decision]]:
     """Let the judge decide every remaining task; store each decision, then yield (task, decision).
 
     Raises:
@@ -122,18 +147,6 @@ def judge_all(tasks: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, D
             decision = decide(task, ranking, provenance)
             tasks.pairs_file.add(decision)
             yield task, decision
-
-
-def decide(task: RankingTask, ranking: Ranking, provenance: dict[str, object]) -> Decision:
-    """Return a pair of best and worst answer, or a skip on a tie or an unreliable verdict."""
-    provenance = dict(provenance) | {"points": list(ranking.scores)}
-    if ranking.judge_replies:
-        provenance |= {"judge_replies": list(ranking.judge_replies)}
-    if ranking.is_tie or ranking.warnings:
-        texts = tuple(answer.text for answer in task.answers)
-        why = (*ranking.warnings, TIE)[0]
-        return Decision(task.prompt, provenance, skip_reason=why, answers=texts)
-    return make_pair(task, ranking.best, ranking.worst, provenance)
 
 
 def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:

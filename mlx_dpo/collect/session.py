@@ -17,7 +17,7 @@ from mlx_dpo.schemas.messages import check_readable
 
 # Reasons why a prompt has no pair.
 TIE, SKIPPED, IDENTICAL, EMPTY = "tie", "skipped", "all answers are identical", "too few answers"
-PERSON = "person"
+PERSON, NOBODY = "person", "nobody"  # what decided
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Answer:
     source: dict[str, Any]  # model, adapter, temperature, seed
     is_truncated: bool = False  # reached the token limit, so its end should not be learned
     is_context_full: bool = False  # the limit was the end of the model's context
+    fault: str | None = None  # why the answer cannot be in a pair
 
     def provenance(self) -> dict[str, Any]:
         """Return the model and settings that produced the answer, to be stored with the answer."""
@@ -37,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class RankingTask:
-    """A prompt and its answers, shuffled so that their order does not reveal their sources."""
+    """A prompt and its answers, in an order that does not reveal their sources to a person."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]
@@ -89,10 +90,7 @@ class TaskSampler:
                 continue
             task = self.make_task(prompt, answers)
             if task is None:
-                texts = tuple(answer.text for answer in answers)
-                why = IDENTICAL if len({text.strip() for text in texts}) == 1 else EMPTY
-                decision = Decision(prompt, {"by": "nobody"}, skip_reason=why, answers=texts)
-                self.pairs_file.add(decision)
+                self.pairs_file.add(self.make_skip(prompt, answers))
             else:
                 yield task
 
@@ -104,6 +102,12 @@ class TaskSampler:
         shuffled = list(distinct.values())
         random.Random(f"{self._seed} {prompt.key}").shuffle(shuffled)
         return RankingTask(prompt, tuple(shuffled))
+
+    def make_skip(self, prompt: Prompt, answers: Sequence[Answer]) -> Decision:
+        """Return the decision to skip a prompt whose answers make no task, with the reason."""
+        texts = tuple(answer.text for answer in answers)
+        why = IDENTICAL if len({text.strip() for text in texts}) == 1 else EMPTY
+        return Decision(prompt, {"by": NOBODY}, skip_reason=why, answers=texts)
 
 
 class RankingSession:

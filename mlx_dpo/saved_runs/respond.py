@@ -1,7 +1,7 @@
 """Generate answers to prompts with a run or a model, and record their provenance."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,27 @@ def _check_chat_template(base: LoadedModel) -> None:
 def derive_seed(seed: int, chunk: int, position: int) -> int:
     """Return the sampling seed for answer number `position` to the prompts of chunk `chunk`."""
     return (seed + SEED_STRIDE * chunk + position) % SEEDS
+
+
+def with_chunk_seed(sampling: Sampling, chunk: int, position: int) -> Sampling:
+    """Return the sampling settings with `derive_seed`; without a seed, as they are."""
+    if sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=derive_seed(sampling.seed, chunk, position))
+
+
+def reply_without_thinking(
+    responder: Responder, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[GeneratedText]:
+    """Generate one answer per prompt, without its thinking.
+
+    Raises:
+        ConfigError: a prompt leaves no room in the model's context.
+    """
+    return [
+        reply._replace(text=responder.strip_thinking(prompt.messages, reply.text))
+        for prompt, reply in zip(prompts, responder.reply(prompts, sampling), strict=True)
+    ]
 
 
 def response_provenance(responder: Responder, sampling: Sampling) -> dict[str, Any]:

@@ -1,19 +1,29 @@
 """`mlx-dpo collect`: collect preference pairs from a model's own answers."""
 
-import shlex
 import sys
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli import INTERRUPTED
+from mlx_dpo.cli.collect.ordered import (
+    OrderedFlags,
+    check_single,
+    collect_ordered_pairs,
+    ordered_flags,
+)
+from mlx_dpo.cli.collect.results import (
+    open_pairs_file,
+    print_responder_notes,
+    print_resumed,
+    print_summary,
+    run_with_progress,
+)
 from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.phases import phase
 
 if TYPE_CHECKING:
     from mlx_dpo.cli.collect.terminal import ReadPrompt
@@ -21,7 +31,6 @@ if TYPE_CHECKING:
     from mlx_dpo.collect.sample import SamplingPlan
     from mlx_dpo.collect.session import TaskSampler
     from mlx_dpo.data.prompts import Prompt
-    from mlx_dpo.evaluation.rewards import Judge
 
 
 def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -40,6 +49,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
         "mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl --web",
         "mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl \\",
         "  --reward rewards.py:courtesy",
+        "mlx-dpo collect run --prompts prompts.txt -o pairs.jsonl --principles default",
     ),
 )
 @click.argument("runs", nargs=-1, metavar="[RUN]...", type=FOLDER)
@@ -83,6 +93,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
     callback=_print_rubric,
     help="Print the default rubric of judges, as a start for --rubric, and exit.",
 )
+@ordered_flags
 @judge_flags
 @sampling_flags(
     temperature=1.0,
@@ -107,41 +118,43 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     """Sample answers of RUNs or of a model and write preference pairs to train on.
 
     A person ranks the answers without seeing which model wrote them, or a reward function or a
-    judge model ranks them. Every decision is saved at once; the same command resumes where it
-    stopped. Prompts without a pair (ties, skipped prompts) go to a second file that ends in
-    `.passed.jsonl`.
+    judge model ranks them. With --principles or --system-chosen, the better answer is known from
+    how it was made, and a judge may confirm it. Every decision is saved at once; the same command
+    resumes where it stopped. Prompts without a pair (ties, skipped prompts) go to a second file
+    that ends in `.passed.jsonl`.
     """
-    automatic = reward is not None or judge is not None
-    _check_flags(automatic, web, port, prompts)
+    names = [field.name for field in fields(OrderedFlags)]
+    given = settings | {"reward": reward, "judge": judge, "rubric": rubric}
+    flags = OrderedFlags(**{name: given[name] for name in names})
+    settings = {name: value for name, value in settings.items() if name not in names}
+    flags.check()
+    automatic = flags.is_automatic
+    _check_flags(flags, web, port, prompts)
     if no_open and not web:
         raise ConfigError("`--no-open` has no effect without --web")
+    samplings = make_samplings(settings)
+    if flags.method is not None:
+        check_single(flags.method, runs, samplings)
+        assert prompts is not None
+        collect_ordered_pairs(flags, runs, model, prompts, output, samplings[0])
+        return
 
-    from mlx_dpo.collect.sample import SamplingPlan
-    from mlx_dpo.evaluation.judge import check_judge, open_judge
+    from mlx_dpo.collect.sample import SamplingPlan, judge_all
+    from mlx_dpo.evaluation.judge import open_judge
 
-    plan = SamplingPlan(answers=answers, samplings=make_samplings(settings))
+    plan = SamplingPlan(answers=answers, samplings=samplings)
     plan.check(max(1, len(runs)))
-    check_judge(reward, judge, rubric)
-    pairs_file = _open_pairs_file(output)
+    pairs_file = open_pairs_file(output)
     prompt_list = _read_prompts(prompts)
     opened_judge = open_judge(reward, judge, rubric) if automatic else None
     tasks, system = _open_sampler(runs, model, prompt_list, pairs_file, plan, automatic=automatic)
-    _print_resumed(tasks)
+    print_resumed(tasks)
     if opened_judge is not None:
-        _judge_with_progress(tasks, opened_judge)
+        run_with_progress(tasks, judge_all(tasks, opened_judge))
     else:
         read_prompt = partial(_read_typed_prompt, system) if prompts is None else None
         _ask_person(tasks, web=web, port=port, no_open=no_open, read_prompt=read_prompt)
-    _print_summary(pairs_file)
-
-
-def _open_pairs_file(output: str) -> "PairsFile":
-    from mlx_dpo.collect.pairs_file import PairsFile
-
-    pairs_file = PairsFile(Path(output).expanduser())
-    for note in pairs_file.notes:
-        echo(note, err=True)
-    return pairs_file
+    print_summary(pairs_file)
 
 
 def _read_prompts(prompts: str | None) -> "list[Prompt]":
@@ -171,10 +184,7 @@ def _open_sampler(
 
     responders = open_responders(runs, model)
     for responder in responders:
-        clipped = responder.clip_note(prompts, plan.samplings[0].max_tokens)
-        for note in (*responder.notes, clipped):
-            if note is not None:
-                echo(note, err=True)
+        print_responder_notes(responder, prompts, plan.samplings[0].max_tokens)
     system = responders[0].system
     if len({responder.system for responder in responders}) > 1:
         used = "no system message" if system is None else f"the system message {system}"
@@ -207,14 +217,15 @@ def _ask_person(
         rank_in_browser(tasks, port or 0, open_browser=not no_open)
 
 
-def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | None) -> None:
+def _check_flags(flags: "OrderedFlags", web: bool, port: int | None, prompts: str | None) -> None:
     if port is not None and not web:
         raise ConfigError("`port` has no effect without --web")
-    if automatic and web:
-        raise ConfigError("`web` has no effect with --reward or --judge; leave out one of them")
-    if prompts == "-" and not automatic:
+    if flags.is_automatic and web:
+        others = flags.method or "--reward or --judge"
+        raise ConfigError(f"`web` has no effect with {others}; leave out one of them")
+    if prompts == "-" and not flags.is_automatic:
         raise ConfigError("`-` has no effect: keys are read from stdin; give prompts in a file")
-    if prompts is None and (automatic or web):
+    if prompts is None and (flags.is_automatic or web):
         raise ConfigError("missing --prompts; prompts can be typed only if a person ranks")
 
 
@@ -243,52 +254,3 @@ def _read_typed_prompt(system: str | None) -> "Prompt | None":
         if text.strip():
             return add_system_prompt([make_prompt(text, "prompt")], system)[0]
         echo("The prompt is empty; type one, or press Ctrl-D to finish", err=True)
-
-
-def _judge_with_progress(tasks: "TaskSampler", judge: "Judge") -> None:
-    from mlx_dpo.collect.sample import judge_all
-
-    try:
-        with phase("Judging answers", tasks.remaining, unit="prompts") as count:
-            for _ in judge_all(tasks, judge):
-                count(1)
-    except KeyboardInterrupt:
-        _print_summary(tasks.pairs_file)
-        echo("Interrupted; run the same command to resume", err=True)
-        raise SystemExit(INTERRUPTED) from None
-
-
-def _print_resumed(tasks: "TaskSampler") -> None:
-    done = len(tasks.prompts) - tasks.remaining
-    if done:
-        echo(f"{done:,} of {len(tasks.prompts):,} prompts already have a decision", err=True)
-
-
-def _print_summary(pairs_file: "PairsFile") -> None:
-    from mlx_dpo.cli import program
-    from mlx_dpo.collect.sample import (
-        count_context_full,
-        count_truncated,
-        describe_outcomes,
-        describe_ties,
-    )
-
-    pairs = pairs_file.pair_count
-    echo(f"{pairs_file.path}: {describe_outcomes(pairs_file)}")
-    if (ties := describe_ties(pairs_file)) is not None:
-        advice = "" if pairs else "; use another reward, more --answers or a higher --temperature"
-        echo(f"{'' if pairs else 'Warning: '}{ties}{advice}", err=True)
-    full = count_context_full(pairs_file)
-    for cut, where, advice in (
-        (count_truncated(pairs_file) - full, "token limit", "raise --max-tokens"),
-        (full, "end of the model's context", "use shorter prompts"),
-    ):
-        if cut:
-            echo(
-                f"{cut:,} of the chosen answers {'was' if cut == 1 else 'were'} cut at the "
-                f"{where}, and the model would learn to stop there; {advice}",
-                err=True,
-            )
-    if pairs:
-        path = shlex.quote(str(pairs_file.path))
-        echo(f"Train on them: {program()} train {path} --model MODEL")

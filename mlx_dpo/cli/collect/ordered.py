@@ -1,0 +1,265 @@
+"""`mlx-dpo collect` by principles or by system prompts, which say which answer is better."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from mlx_dpo.cli.collect.results import (
+    open_pairs_file,
+    print_responder_notes,
+    print_resumed,
+    print_summary,
+    run_with_progress,
+)
+from mlx_dpo.cli.command import FILE, FOLDER
+from mlx_dpo.cli.output import echo
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlx_dpo.collect.ordered_pairs import PairRule
+    from mlx_dpo.collect.session import AnswerSampler
+    from mlx_dpo.data.prompts import Prompt
+    from mlx_dpo.evaluation.rewards import Judge
+    from mlx_dpo.generation.responder import Responder
+
+Command = Callable[..., Any]
+
+
+def _print_principles(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from mlx_dpo.collect.principles.principle_set import default_principles
+
+    echo(default_principles(), nl=False)
+    ctx.exit()
+
+
+def principle_flags(command: Command) -> Command:
+    """Add the flags `--principles`, `--revisions` and `--critic` to a command."""
+    for decorate in (
+        click.option(
+            "--critic",
+            type=FOLDER,
+            metavar="RUN|MODEL|URL",
+            help="With --principles: what criticises the answers.",
+            show_default="what answers",
+        ),
+        click.option(
+            "--revisions",
+            type=int,
+            metavar="N",
+            help="With --principles: critiques and revisions of each answer, one after another.",
+            show_default="1",
+        ),
+        click.option(
+            "--principles",
+            type=FILE,
+            metavar="FILE|default",
+            help="Pairs by constitutional AI: the model criticises and revises its answer by a "
+            "principle of this file; the revision is chosen, the first answer rejected.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def ordered_flags(command: Command) -> Command:
+    """Add the flags of collections whose better answer is known to a command."""
+    for decorate in (
+        click.option(
+            "--system-rejected",
+            metavar="PROMPT|@FILE",
+            help="With --system-chosen: system prompt of the rejected answers.",
+            show_default="none",
+        ),
+        click.option(
+            "--system-chosen",
+            metavar="PROMPT|@FILE",
+            help="Pairs by contrast: answers with this system prompt are chosen. The pairs are "
+            "stored without it.",
+        ),
+        click.option(
+            "--print-principles",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_principles,
+            help="Print the principles of --principles default, as a start for a file, and exit.",
+        ),
+        principle_flags,
+    ):
+        command = decorate(command)
+    return command
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderedFlags:
+    """The flags of a collection by principles or by system prompts, and of its judge."""
+
+    principles: str | None
+    revisions: int | None
+    critic: str | None
+    system_chosen: str | None
+    system_rejected: str | None
+    reward: str | None
+    judge: str | None
+    rubric: str | None
+
+    @property
+    def method(self) -> str | None:
+        """Flag that makes the better answer; None if there is none."""
+        if self.principles is not None:
+            return "--principles"
+        return None if self.system_chosen is None else "--system-chosen"
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether no person ranks the answers."""
+        return (self.method or self.reward or self.judge) is not None
+
+    def check(self) -> None:
+        """Check that the flags fit together, without loading anything.
+
+        Raises:
+            ConfigError: two flags contradict each other, or one has no effect.
+        """
+        for name, needed in (
+            ("revisions", "principles"),
+            ("critic", "principles"),
+            ("system_rejected", "system_chosen"),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                flag = "--" + needed.replace("_", "-")
+                raise ConfigError(f"`{name}` has no effect without {flag}")
+        if self.principles is not None and self.system_chosen is not None:
+            raise ConfigError("`system_chosen` has no effect with --principles; leave out one")
+        from mlx_dpo.collect.principles.judge import check_principle_judge
+        from mlx_dpo.evaluation.judge import check_judge
+
+        by_principles = self.principles is not None
+        check = check_principle_judge if by_principles else check_judge
+        check(self.reward, self.judge, self.rubric)
+
+
+def check_single(method: str, runs: tuple[str, ...], samplings: tuple[Sampling, ...]) -> None:
+    """Raise `ConfigError` if flags ask for more than the two answers of a method."""
+    source = click.get_current_context().get_parameter_source("answers")
+    if source is ParameterSource.COMMANDLINE:
+        raise ConfigError(f"`answers` has no effect with {method}, which makes two per prompt")
+    for name, values in (("run", runs), ("temperature", samplings)):
+        if len(values) > 1:
+            raise ConfigError(f"{method} takes one {name}, got {len(values)}; leave out the others")
+
+
+# Makes, of what answers and its prompts: their sampler, the rule of its pairs, and the judge.
+Opener = Callable[["Responder", "list[Prompt]"], "tuple[AnswerSampler, PairRule, Judge | None]"]
+
+
+def collect_ordered_pairs(
+    flags: OrderedFlags,
+    runs: tuple[str, ...],
+    model: str | None,
+    prompts: str,
+    output: str,
+    sampling: Sampling,
+) -> None:
+    """Collect pairs by principles or by system prompts, and print the results."""
+    from mlx_dpo.collect.ordered_pairs import OrderedTaskSampler, collect_ordered
+    from mlx_dpo.collect.sample import JUDGE_CHUNK, open_responders
+    from mlx_dpo.data.prompts import add_system_prompt, read_prompts
+
+    by_principles = flags.principles is not None
+    open_method = (
+        _read_principles(flags, sampling) if by_principles else _read_systems(flags, sampling)
+    )
+    pairs_file = open_pairs_file(output)
+    prompt_list = read_prompts(prompts)
+    [responder] = open_responders(runs, model)
+    prompt_list = add_system_prompt(prompt_list, responder.system)
+    sample_answers, rule, judge = open_method(responder, prompt_list)
+    tasks = OrderedTaskSampler(
+        prompt_list, pairs_file, sample_answers, rule, chunk_size=JUDGE_CHUNK
+    )
+    print_resumed(tasks)
+    run_with_progress(tasks, collect_ordered(tasks, judge))
+    print_summary(pairs_file)
+
+
+def _read_principles(flags: OrderedFlags, sampling: Sampling) -> Opener:
+    """Read the principles; the returned function opens critic and judge."""
+    from mlx_dpo.collect.principles.judge import judge_drawn, open_principle_judge
+    from mlx_dpo.collect.principles.principle_set import PrincipleDraw, read_principles
+    from mlx_dpo.collect.principles.revise import REVISION_RULE, SENT_TO_CRITIC, Reviser
+    from mlx_dpo.saved_runs.respond import open_any_responder
+
+    assert flags.principles is not None
+    draw = PrincipleDraw(
+        read_principles(flags.principles),
+        1 if flags.revisions is None else flags.revisions,
+        sampling.seed or 0,
+    )
+
+    def open_method(
+        responder: "Responder", prompts: "list[Prompt]"
+    ) -> "tuple[AnswerSampler, PairRule, Judge | None]":
+        print_responder_notes(responder, prompts, sampling.max_tokens)
+        critic = None
+        if flags.critic is not None:
+            critic = open_any_responder(flags.critic, sends=SENT_TO_CRITIC)
+        for note in critic.notes if critic else ():
+            echo(note, err=True)
+        judge = open_principle_judge(flags.reward, flags.judge, flags.rubric, responder)
+        if flags.reward is None and flags.judge is None:
+            echo(f"Judge: {judge.name}, which judges its own answers by the principles", err=True)
+        reviser = Reviser(responder, draw, sampling, critic)
+        return reviser, REVISION_RULE, judge_drawn(judge, draw)
+
+    return open_method
+
+
+def _read_systems(flags: OrderedFlags, sampling: Sampling) -> Opener:
+    """Read the system prompts; the returned function opens the judge, if there is one."""
+    from mlx_dpo.collect.system_contrast import SystemContrast, SystemPrompts
+    from mlx_dpo.evaluation.judge import open_judge
+
+    systems = SystemPrompts(
+        _read_system(flags.system_chosen or ""),
+        flags.system_rejected and _read_system(flags.system_rejected),
+    )
+
+    def open_method(
+        responder: "Responder", prompts: "list[Prompt]"
+    ) -> "tuple[AnswerSampler, PairRule, Judge | None]":
+        print_responder_notes(responder, systems.apply(prompts), sampling.max_tokens)
+        judge = None
+        if flags.reward is not None or flags.judge is not None:
+            judge = open_judge(flags.reward, flags.judge, flags.rubric)
+        return SystemContrast(responder, sampling, systems), systems.rule, judge
+
+    return open_method
+
+
+def _read_system(text: str) -> str:
+    """Return a system prompt: a text, or the content of a file that `text` names, as `@` may say.
+
+    Raises:
+        ConfigError: there is no file of the name after `@`, or it cannot be read.
+    """
+    named = text.removeprefix("@")
+    if named == text and not _is_file(text):
+        return text
+    from mlx_dpo.io.bounded import read_text
+
+    return read_text(Path(named).expanduser(), ConfigError, accept_pipe=True).strip()
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):  # a long text, or one with `~` or NUL, is no name
+        return False
