@@ -1,25 +1,18 @@
 """Fuse a run's adapters into a plain model, and measure how much training the model retains."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint, local_checkpoint
-from mlx_dpo.adapters.merge import AffineQuantization, MergeRetention, merge_adapters
-from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.export.model_folder import (
-    check_output_file,
-    find_gguf_converter,
-    merged_tensors,
-    set_config_dtype,
-    write_gguf,
-    write_hf,
-    write_mlx,
-)
+from mlx_dpo.adapters.merge import MergeRetention, merge_adapters
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.export.gguf import check_output_file, find_gguf_converter, write_gguf
+from mlx_dpo.export.model_folder import merged_tensors, set_config_dtype, write_hf, write_mlx
+from mlx_dpo.export.options import FuseOptions
+from mlx_dpo.export.retention import SMALL_MARGIN, Retention, RetentionMeter, check_retention
 from mlx_dpo.hub.model_card import make_fused_model_card
 from mlx_dpo.models.device import main_dtype
 from mlx_dpo.models.files import weight_bytes
@@ -30,156 +23,8 @@ from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes, quantize
 from mlx_dpo.phases import phase
 from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.saved_runs.evaluate import load_held_out_pairs, load_named_pairs
-from mlx_dpo.saved_runs.open import (
-    OpenRun,
-    load_adapter_into,
-    load_reference_into,
-    open_run,
-    unfinished_note,
-)
-from mlx_dpo.scoring.generation_match import use_generating_function
-from mlx_dpo.scoring.score_pairs import score_pairs
-from mlx_dpo.types import PairLogps, TokenizedPair
+from mlx_dpo.saved_runs.open import OpenRun, open_run, unfinished_note
 from mlx_dpo.units import format_items
-
-Values = np.ndarray  # (n,) float64
-
-
-@dataclass(frozen=True)
-class Retention:
-    """How much of the training a fused model retains, measured on preference pairs."""
-
-    pairs: int
-    margin_before: float  # mean over pairs of the log-ratio margin, nats
-    margin_after: float
-    margin: float  # retained share of the margin
-    change: float  # retained share of the change of the completions' log-probabilities
-    mean_difference: float  # of log-probabilities, absolute, nats per token
-
-    @property
-    def minimum(self) -> float:
-        """The smaller of the shares of margin and log-prob change that are left after fusing.
-
-        If the margin of the policy is not positive, only `change` counts.
-        """
-        return min(self.margin, self.change) if self.margin_before > 0 else self.change
-
-    @property
-    def maximum(self) -> float:
-        """The larger of these shares; if the policy's margin is not positive, that of `change`."""
-        return max(self.margin, self.change) if self.margin_before > 0 else self.change
-
-
-def measure_retention(
-    pairs: Sequence[TokenizedPair], reference: PairLogps, policy: PairLogps, fused: PairLogps
-) -> Retention:
-    """Measure how much of the policy's change of log-probabilities the fused model retains.
-
-    The fused model's change from the reference is projected on the policy's change. Noise averages
-    out in this projection. If the policy's change is small, noise can still dominate, so that a
-    share far above 1 is as bad as a share far below 1.
-
-    Args:
-        reference: Log-probabilities of the pairs under the reference model.
-        policy: Log-probabilities of the pairs under the policy, before fusing.
-        fused: Log-probabilities of the pairs under the fused model.
-    """
-    policy_ratios, fused_ratios = (
-        _log_ratios(pairs, reference, policy),
-        _log_ratios(pairs, reference, fused),
-    )
-    before, after = _margins(pairs, policy_ratios).mean(), _margins(pairs, fused_ratios).mean()
-    tokens = sum(map(sum, _token_counts(pairs)))
-    size = float((policy_ratios * policy_ratios).sum())
-    return Retention(
-        pairs=len(pairs),
-        margin_before=float(before),
-        margin_after=float(after),
-        margin=float(after / before) if before else 0.0,
-        change=float((policy_ratios * fused_ratios).sum()) / size if size else 0.0,
-        mean_difference=float(np.abs(policy_ratios - fused_ratios).sum()) / tokens,
-    )
-
-
-def _is_labelled(pairs: Sequence[TokenizedPair]) -> bool:
-    return pairs[0].desirable is not None
-
-
-def _log_ratios(pairs: Sequence[TokenizedPair], start: PairLogps, end: PairLogps) -> Values:
-    """Return the log-ratio of each completion, `end` minus `start`. (1 or 2, len(pairs))
-
-    A preference pair has two completions (chosen and rejected), an unpaired example has one.
-    """
-    rows = [np.array(e) - np.array(s) for s, e in zip(start, end, strict=True)]
-    return np.array(rows[:1] if _is_labelled(pairs) else rows, np.float64)
-
-
-def _margins(pairs: Sequence[TokenizedPair], ratios: Values) -> Values:
-    if _is_labelled(pairs):
-        return ratios[0] * np.array([1.0 if pair.desirable else -1.0 for pair in pairs])
-    return ratios[0] - ratios[1]
-
-
-def _token_counts(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
-    if _is_labelled(pairs):
-        return [(len(pair.chosen),) for pair in pairs]
-    return [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-
-
-SMALL_MARGIN = 0.01  # nats; rounding may be larger than such a margin
-
-
-@dataclass(frozen=True)
-class FuseOptions:
-    """Options of the command `fuse`.
-
-    Raises:
-        ConfigError: an option has no effect in combination with the other options.
-    """
-
-    to: str = "mlx"  # or "hf"
-    bits: int | None = None
-    group_size: int | None = None
-    dtype: str | None = None
-    base: str | None = None  # the folder of the Hugging Face checkpoint
-    pairs: str | None = None
-    min_retained: float = 0.9
-    force: bool = False
-    gguf: Path | None = None
-    converter: str | None = None
-
-    def __post_init__(self) -> None:
-        hf = self.to == "hf"
-        types = "with `--to hf`: every tensor keeps its dtype in the checkpoint"
-        for name, value, idle, why in (
-            (
-                "bits",
-                self.bits,
-                hf,
-                "with `--to hf`: transformers cannot read MLX's quantized weights",
-            ),
-            ("dtype", self.dtype, hf, types),
-            ("group-size", self.group_size, self.bits is None, "without `--bits`"),
-            ("base-model", self.base, not hf, "without `--to hf`"),
-            (
-                "gguf",
-                self.gguf,
-                not hf,
-                "without `--to hf`, because GGUF is converted from that checkpoint",
-            ),
-            ("converter", self.converter, self.gguf is None, "without `--gguf`"),
-        ):
-            if value is not None and idle:
-                raise ConfigError(f"`--{name}` has no effect {why}")
-
-    @property
-    def quantization(self) -> AffineQuantization | None:
-        """Quantization of the fused model's weights; None if they are not quantized."""
-        return (
-            AffineQuantization(self.bits, self.group_size or DEFAULT_GROUP_SIZE)
-            if self.bits
-            else None
-        )
 
 
 @dataclass(frozen=True)
@@ -193,6 +38,7 @@ class FusedModel:
     retention: Retention
     merge_retention: MergeRetention | None
     notes: tuple[str, ...]
+    meter: RetentionMeter  # to measure what is made of this model
 
 
 def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
@@ -223,10 +69,7 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
     dtype = options.dtype or _stored_dtype(base, opened)
     size = _expected_bytes(base, options, dtype, checkpoint)
     check_output_folder(output, size)
-    load_reference_into(opened, base)
-    reference = _pair_logps(opened, base, pairs)
-    load_adapter_into(opened, base)
-    policy = _pair_logps(opened, base, pairs)
+    meter = RetentionMeter.of_run(opened, base, pairs)
     with ExitStack() as stack:
         partial = stack.enter_context(new_output_folder(output))
         with phase("Merging the adapter"), disk_errors(output):
@@ -238,8 +81,14 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
             (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
         written = load_model(str(partial), trust_remote_code=opened.config.trust_remote_code)
-        retention = measure_retention(pairs, reference, policy, _pair_logps(opened, written, pairs))
-        _check_retention(output, retention, options)
+        retention = meter.measure(written)
+        if not options.force:
+            check_retention(
+                output,
+                retention,
+                min_retained=options.min_retained,
+                advice=_advice(retention, options),
+            )
         size = weight_bytes(partial)
     notes = (*notes, *quantization_notes, *([] if opened.finished else [unfinished_note(opened)]))
     kind = (
@@ -250,7 +99,7 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
         else "types as before"
     )
     return FusedModel(
-        output, size, kind, format_items(len(pairs), name), retention, merge_retention, notes
+        output, size, kind, format_items(len(pairs), name), retention, merge_retention, notes, meter
     )
 
 
@@ -293,19 +142,6 @@ def _expected_bytes(
     return expected_bytes(base.model, options.bits, options.group_size or DEFAULT_GROUP_SIZE, dtype)
 
 
-def _pair_logps(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
-    """Return the log-probabilities of the completions in `pairs` under a model. (len(pairs),) each
-
-    Each prompt with one completion is computed as one padded sequence, which is exact for every
-    architecture.
-    """
-    use_generating_function(
-        base.model, vocab_size=base.vocab_size, max_length=opened.config.length_limit
-    )
-    with phase("Scoring pairs", len(pairs), unit=opened.config.unit) as advance:
-        return score_pairs(base.model, pairs, limit=opened.config.pass_limit, progress=advance)
-
-
 def _write(
     partial: Path,
     base: LoadedModel,
@@ -330,29 +166,12 @@ def _write(
     return merge_retention, notes
 
 
-def _check_retention(output: Path, retention: Retention, options: FuseOptions) -> None:
-    """Raise `ModelError` if the fused model retains too little or too much of the training.
-
-    The retained shares have to be at least `min_retained` and at most 2 - `min_retained`. An
-    adapter that was merged twice, for example, gives a share of 2. With `force`, nothing is
-    checked.
-    """
-    most = 2 - options.min_retained
-    is_within = options.min_retained <= retention.minimum and retention.maximum <= most
-    if is_within or options.force:
-        return
-    advice = "leave out `--bits`, or use more bits" if options.bits else "use a wider `--dtype`"
+def _advice(retention: Retention, options: FuseOptions) -> str:
+    """Return what the user can do if the fused model retains too little or too much."""
     if options.to == "hf":
-        advice = "check that the checkpoint is the one that was trained"
-    elif abs(retention.margin_before) < SMALL_MARGIN:
-        advice = (
+        return "check that the checkpoint is the one that was trained"
+    if abs(retention.margin_before) < SMALL_MARGIN:
+        return (
             f"training hardly moved it (a margin of {retention.margin_before:.1g} nats): train on"
         )
-    bound = f"less than `--min-retained` {options.min_retained:g}"
-    if retention.minimum >= options.min_retained:
-        bound = f"which is beyond {most:.0%}"
-    raise ModelError(
-        f"{output}: the fused model keeps {retention.margin:.1%} of the margin and "
-        f"{retention.change:.1%} of the adapters' change of log-probabilities, {bound}, so it "
-        f"was not written; {advice}, keep the adapter next to the model, or --force"
-    )
+    return "leave out `--bits`, or use more bits" if options.bits else "use a wider `--dtype`"

@@ -1,9 +1,7 @@
-"""Write a fused model in MLX's layout, as a Hugging Face checkpoint, or as a GGUF file."""
+"""Write a fused model in MLX's layout or as a Hugging Face checkpoint."""
 
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,10 @@ from mlx_dpo.adapters.hf_names import (
 )
 from mlx_dpo.adapters.merge import merged_weight
 from mlx_dpo.adapters.targets import has_tied_embeddings
-from mlx_dpo.errors import ConfigError, ModelError, reason
+from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays, write_arrays
-from mlx_dpo.io.atomic import atomic_file
 from mlx_dpo.models.files import CONFIG, INDEX, TOKENIZER_FILES, weight_files
 from mlx_dpo.models.license import LICENSE_PATTERNS
-from mlx_dpo.startup.jit_cache import user_environment
 
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.py", *LICENSE_PATTERNS)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -44,17 +40,20 @@ def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source
     _copy(source, folder, COPIED_FILES)
 
 
-def write_hf(folder: Path, changed: Arrays, checkpoint: HFCheckpoint) -> None:
+def write_hf(
+    folder: Path, changed: Arrays, checkpoint: HFCheckpoint, *, keep_dtype: bool = True
+) -> None:
     """Write a copy of the checkpoint in which the tensors in `changed` replace the old tensors.
 
-    Every tensor keeps its dtype in the checkpoint. Only one file is in memory at a time, and each
-    tensor is removed from `changed` once it is used.
+    With `keep_dtype`, every tensor keeps its dtype in the checkpoint. Only one file is in memory
+    at a time, and each tensor is removed from `changed` once it is used.
     """
     assert checkpoint.folder is not None
     for file in weight_files(checkpoint.folder):
         arrays, metadata = read_arrays(file)
         for name in arrays.keys() & changed.keys():
-            arrays[name] = changed.pop(name).astype(arrays[name].dtype)
+            value = changed.pop(name)
+            arrays[name] = value.astype(arrays[name].dtype) if keep_dtype else value
         mx.eval(arrays)
         write_arrays(folder / file.name, arrays, metadata)
     _copy(checkpoint.folder, folder, (CONFIG, INDEX, *COPIED_FILES))
@@ -124,64 +123,3 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
-
-
-CONVERTER = "convert_hf_to_gguf.py"
-
-
-def find_gguf_converter(given: str | None) -> Path:
-    """Return the path of llama.cpp's converter: `given`, or a program on the PATH.
-
-    Raises:
-        ConfigError: the converter is not found, or is not executable.
-    """
-    converter = given or shutil.which(CONVERTER)
-    path = Path(converter).expanduser() if converter else None
-    if path is not None and path.is_dir():
-        path /= CONVERTER
-    if path is None or not path.is_file():
-        raise ConfigError(
-            f"`--gguf` needs llama.cpp's `{CONVERTER}` ({given or 'none found'}); it comes with "
-            "llama.cpp (`brew install llama.cpp`); name it with `--converter`"
-        )
-    if not os.access(path, os.X_OK):
-        raise ConfigError(f"{path}: not executable; make it so with `chmod +x`")
-    return path
-
-
-def check_output_file(output: Path) -> None:
-    """Raise `ConfigError` if the output file exists already, or its folder does not exist."""
-    if output.exists():
-        raise ConfigError(f"{output}: already exists; choose another name")
-    if not output.resolve().parent.is_dir():
-        raise ConfigError(f"{output}: the folder {output.parent} does not exist; create it")
-
-
-def write_gguf(converter: Path, model: Path, output: Path) -> None:
-    """Convert the Hugging Face checkpoint in the folder `model` to the GGUF file `output`.
-
-    Raises:
-        ModelError: the converter fails, for example on an unknown architecture.
-    """
-    # Run by its own shebang line, because its imports are in another environment than this one.
-    try:
-        with atomic_file(output) as partial:
-            command = [str(converter.resolve()), str(model), "--outfile", str(partial)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=user_environment()
-            )
-            if done.returncode or not partial.is_file():
-                message = done.stderr.strip() or done.stdout.strip() or "it wrote nothing"
-                raise ModelError(
-                    _converter_message(output, converter, model, message.splitlines()[-1])
-                )
-    except OSError as error:
-        raise ModelError(_converter_message(output, converter, model, reason(error))) from error
-
-
-def _converter_message(output: Path, converter: Path, model: Path, message: str) -> str:
-    return (
-        f"{output}: {converter.name} cannot convert the model ({message[:200]}); the checkpoint "
-        f"itself is complete in {model}; check that the converter's requirements are installed "
-        "and that it supports the architecture and the tokenizer"
-    )

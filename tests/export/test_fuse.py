@@ -16,8 +16,9 @@ from mlx_dpo.adapters.adapter_files import load_adapter
 from mlx_dpo.adapters.merge import AffineQuantization, merge_adapters, merged_weight
 from mlx_dpo.cli import cli
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.export.fuse import FuseOptions, fuse_run
+from mlx_dpo.export.fuse import fuse_run
 from mlx_dpo.export.model_folder import merged_tensors, set_config_dtype, write_hf
+from mlx_dpo.export.options import FuseOptions
 from mlx_dpo.io.arrays import named_arrays, read_arrays
 from mlx_dpo.models.device import float32_weight
 from tests.adapters.test_hf_names import EVERY, GOLDEN, TOKENS, opened

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.export.fuse import measure_retention
+from mlx_dpo.export.retention import measure_retention
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 PAIRS = [TokenizedPair((1,), (2, 3), (4,)), TokenizedPair((1,), (2,), (4, 5, 6))]
