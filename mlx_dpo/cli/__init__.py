@@ -54,6 +54,7 @@ GROUPS = {  # the commands in the order of the help text, with a line for each
     "Look": {
         "report": "plot training curves as HTML and PNG",
         "eval": "measure a run on held-out pairs",
+        "score": "score answers with a run as reward model",
         "compare": "show answers of base and aligned model side by side",
         "winrate": "compute the win rate against the base or another model",
     },
@@ -103,6 +104,9 @@ OTHER_NAMES = {  # words of other tools, and what to type here
     **dict.fromkeys(("dataset", "datasets", "check"), "use `mlx-dpo data check`"),
     **dict.fromkeys(("split", "show", "clean"), "use `mlx-dpo data`"),
     **dict.fromkeys(("env", "version", "info"), "use `mlx-dpo doctor`"),
+    **dict.fromkeys(
+        ("reward", "rewards", "reward-model", "rewardbench"), "use `mlx-dpo score RUN ROWS`"
+    ),
     "help": "use `mlx-dpo --help`",
 }
 NAME = "mlx-dpo"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlx_dpo.cli.answers import model_flags, note_on_cut, open_chat
-from mlx_dpo.cli.command import FOLDER, Command
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo, echo_json, write_text
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
@@ -18,6 +19,7 @@ from mlx_dpo.errors import ConfigError
 if TYPE_CHECKING:
     from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.generation.stream import GenerationSummary
+    from mlx_dpo.saved_runs.open import SwitchableModel
 
 
 @click.command(
@@ -26,22 +28,43 @@ if TYPE_CHECKING:
         'mlx-dpo generate run "Why is the sky blue?"',
         'mlx-dpo generate --model models/tiny-chat "Why is the sky blue?"',
         "mlx-dpo generate run --json < prompt.txt",
+        'mlx-dpo generate run --best-of 8 "Why is the sky blue?"',
     ),
     renamed={"--reference": "use --base"},
 )
 @click.argument("words", nargs=-1, metavar="[RUN] [PROMPT]", type=FOLDER)
 @model_flags
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text; no chat template.")
+@click.option(
+    "--best-of",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Sample N answers and print the one with the highest reward.",
+)
+@click.option(
+    "--reward",
+    type=FILE,
+    metavar="FILE:FUNCTION|run:RUN",
+    help="With --best-of: score the answers with this Python function of (prompt, answer), whose "
+    "file is run, or with the implicit reward of a run.",
+    show_default="the implicit reward of RUN",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @sampling_flags(
-    temperature=0.0, remarks={"temperature": "The default gives the same answer each time."}
+    temperature=0.0,
+    remarks={"temperature": "The default gives the same answer each time; with --best-of it is 1."},
 )
-def generate(
+@click.pass_context
+def generate(  # noqa: PLR0913 (one argument per flag)
+    ctx: click.Context,
+    /,
     words: tuple[str, ...],
     model: str | None,
     adapter: str | None,
     reference: bool,
     raw: bool,
+    best_of: int | None,
+    reward: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -53,8 +76,11 @@ def generate(
     run, given = _split_arguments(words, model)
     _check_run(run, given)
     chat_settings = {name: settings.pop(name) for name in ("system", "thinking")}
+    if best_of and ctx.get_parameter_source("temperature") is ParameterSource.DEFAULT:
+        settings["temperature"] = 1.0
     sampling = Sampling(**settings)
     _check_no_chat_settings(raw, **chat_settings)
+    _check_best_of(best_of, reward, sampling, run=run, raw=raw)
     prompt = _read_prompt(given)
 
     chat, opened = open_chat(
@@ -64,15 +90,100 @@ def generate(
         adapter=adapter,
         reference=reference,
         raw=raw,
+        switching=bool(best_of) and _is_rated_by(run, reward),
         **chat_settings,
     )
+    options: dict[str, Any] = {"model": opened.base.source, "run": run, "adapter": adapter}
+    options |= {"reference": reference, "raw": chat.raw}
+    options |= {"system": chat.system, "thinking": chat.thinking}
+    if best_of:
+        _generate_best(chat, opened, prompt, (best_of, reward), options if as_json else None)
+        return
     completion, summary = _generate(chat, prompt, stream=not as_json)
     if as_json:
-        options: dict[str, Any] = {"model": opened.base.source, "run": run, "adapter": adapter}
-        options |= {"reference": reference, "raw": chat.raw}
-        options |= {"system": chat.system, "thinking": chat.thinking}
         _write_json(prompt, completion, summary, options | asdict(chat.sampling))
     if note := note_on_cut(summary.finish_reason, sampling.max_tokens):
+        echo(note, err=True)
+
+
+def _check_best_of(
+    count: int | None, reward: str | None, sampling: Sampling, *, run: str | None, raw: bool
+) -> None:
+    """Raise `ConfigError` for flags that contradict --best-of, or have no effect without it."""
+    if count is None:
+        if reward is not None:
+            raise ConfigError("`reward` has no effect without --best-of")
+        return
+    if raw:
+        raise ConfigError("`best_of` rates the answers of a chat; leave out --raw")
+    if sampling.temperature == 0:
+        raise ConfigError("`temperature` 0 gives the same answer each time; set one above 0")
+    if reward is None and run is None:
+        raise ConfigError(
+            "missing reward: name a run, or pass --reward FILE:FUNCTION or --reward run:RUN"
+        )
+
+
+def _is_rated_by(run: str | None, reward: str | None) -> bool:
+    """Return whether the run that answers also gives the rewards, so that it is loaded once."""
+    if run is None:
+        return False
+    return reward is None or Path(reward.removeprefix("run:")).resolve() == Path(run).resolve()
+
+
+def _generate_best(
+    chat: "ChatSession",
+    opened: "SwitchableModel",
+    prompt: str,
+    wanted: tuple[int, str | None],
+    options: dict[str, Any] | None,
+) -> None:
+    """Sample several answers and print the best one: its text, or with `options` a JSON object.
+
+    Args:
+        wanted: the number of answers, and what gives the rewards, None for the run itself.
+        options: what made the answer, for the JSON object.
+
+    Raises:
+        ConfigError: the run was trained on plain text, so that it has no chat answers.
+    """
+    from mlx_dpo.data.prompts import add_system_prompt, make_prompt
+    from mlx_dpo.evaluation.best_of import sample_best
+    from mlx_dpo.evaluation.judge import open_judge
+    from mlx_dpo.evaluation.run_reward import open_run_reward
+    from mlx_dpo.saved_runs.respond import ModelResponder
+
+    count, reward = wanted
+    if chat.raw:
+        raise ConfigError("`best_of` rates the answers of a chat, and the run is of plain text")
+    run = None if opened.run is None else str(opened.run.paths.folder)
+    judge = (
+        open_run_reward(f"run:{run}", opened)
+        if _is_rated_by(run, reward)
+        else open_judge(reward, None, None)
+    )
+    state = opened.switch.active
+    responder = ModelResponder(opened.base, opened.provenance(state), chat.thinking, chat.system)
+    [whole] = add_system_prompt([make_prompt(prompt, "prompt")], chat.system)
+    best = sample_best(responder, judge, whole, chat.sampling, count)
+    for line in best.notes():
+        echo(line, err=True)
+    text, finish_reason = best.answer.text, best.answer.finish_reason
+    if options is None:
+        write_text(text + "\n")
+    else:
+        answer = {
+            "prompt": prompt,
+            "completion": text,
+            "finish_reason": finish_reason,
+            "reward": best.rewards[best.best],
+            "rewards": list(best.rewards),
+            "completions": [reply.text for reply in best.replies],
+            "settings": options | asdict(chat.sampling) | {"best_of": count},
+            "provenance": judge.provenance(),
+        }
+        echo_json(answer)
+    if note := note_on_cut(finish_reason, chat.sampling.max_tokens):
         echo(note, err=True)
 
 

@@ -232,7 +232,7 @@ def open_judge(
     """Load a judge: the reward function or the run that `reward` names, or the model `judge`.
 
     Args:
-        reward: `file.py:function`, `package.module:function` or `run:FOLDER`.
+        reward: `file.py:function`, `package.module:function` or `run:RUN`.
         judge: a model (a folder or a Hub id), a run folder, or an address of a server.
         rubric: file with the instructions for the model.
         connection: settings of the connection to an address.
@@ -249,7 +249,7 @@ def open_judge(
         return open_run_reward(reward) if reward.startswith(PREFIX) else load_reward(reward)
     if judge is None:
         raise ConfigError(
-            "missing judge: pass --reward FILE:FUNCTION, --reward run:DIR or --judge MODEL"
+            "missing judge: pass --reward FILE:FUNCTION, --reward run:RUN or --judge MODEL"
         )
     text = (default or default_rubric()) if rubric is None else read_rubric(Path(rubric))
     responder = open_any_responder(judge, connection, sends=SENT_TO_JUDGE)

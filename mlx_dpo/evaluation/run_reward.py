@@ -82,7 +82,7 @@ def _unscored(error: BadPairError, count: int) -> Ranking:
 
 
 def open_run_reward(spec: str, loaded: SwitchableModel | None = None) -> RunReward:
-    """Open the run that `spec` names as `run:FOLDER`, to score answers.
+    """Open the run that `spec` names as `run:RUN`, to score answers.
 
     Args:
         loaded: the same run, if it is loaded already with policy and reference.

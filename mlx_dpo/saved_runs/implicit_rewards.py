@@ -18,6 +18,7 @@ from mlx_dpo.adapters.adapter_files import adapter_digest
 from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batches.metadata import pair_metadata
+from mlx_dpo.data.chat_templates.template_date import set_day
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_unpaired
 from mlx_dpo.errors import ConfigError, RunError
@@ -119,6 +120,7 @@ class ImplicitRewards:
             BadPairError: the answer is empty, or too long for the model's context.
             DataError: the conversation does not fit the chat template.
         """
+        set_day(self.base.tokenizer, self.run.day)
         reply: tuple[Message, ...] = ({"role": "assistant", "content": answer},)
         example = UnpairedExample(tuple(prompt), reply, True, location)
         return tokenize_unpaired(self.base.tokenizer, example, self.rules).pair

@@ -106,7 +106,7 @@ def test_the_table_shows_ties_and_the_interval(folder):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "missing judge: pass --reward FILE:FUNCTION, --reward run:DIR or --judge MODEL"),
+        ([], "missing judge: pass --reward FILE:FUNCTION, --reward run:RUN or --judge MODEL"),
         (
             ["{folder}/one.txt", "--judge", "{base}"],
             "the judge gave no verdict on any prompt (its reply was",
