@@ -24,7 +24,8 @@ HEADERS = (
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}"
-    "{% set first = messages[0].content + '\n\n' %}{% set loop_messages = messages[1:] %}{% else %}{% set first = '' %}"
+    "{% set first = messages[0].content + '\n\n' %}{% set loop_messages = messages[1:] %}"
+    "{% else %}{% set first = '' %}"
     "{% set loop_messages = messages %}{% endif %}{% for m in loop_messages %}<start_of_turn>"
     "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first else '' }}"
     "{{ m.content }}<end_of_turn>\n{% endfor %}"

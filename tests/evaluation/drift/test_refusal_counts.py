@@ -128,7 +128,7 @@ def test_a_verdict_within_the_thinking_does_not_count():
 
 
 def test_a_judge_without_any_verdict_is_an_error():
-    with pytest.raises(ConfigError, match="gave no verdict on any answer .its reply was 'maybe'"):
+    with pytest.raises(ConfigError, match=r"gave no verdict on any answer .its reply was 'maybe'"):
         judge_refusals(FakeJudge(lambda q: "maybe"), "j", ["A?"], ["Sure."])
     mixed = FakeJudge(lambda q: "maybe" if "No" in q else "[[ANSWERED]]")
     assert judge_refusals(mixed, "j", ["A?", "B?"], ["No", "Sure."]) == [None, False]
