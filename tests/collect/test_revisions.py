@@ -146,7 +146,7 @@ def collect(tmp_path, reply, *, judge=None, prompts=PROMPTS, reward=None):
     pairs_file = PairsFile(tmp_path / "pairs.jsonl")
     reviser = Reviser(responder, draw, SAMPLING)
     tasks = OrderedTaskSampler(prompts, pairs_file, reviser, REVISION_RULE, chunk_size=2)
-    opened = open_principle_judge(reward, None, None, ScriptedResponder(judge, model="j"))
+    opened = open_principle_judge(reward, None, None, None, ScriptedResponder(judge, model="j"))
     return tasks, collect_ordered(tasks, judge_drawn(opened, draw))
 
 
@@ -217,7 +217,7 @@ def test_a_reward_is_a_judge(tmp_path):
     _, decisions = collect(tmp_path, script, reward=f"{reward}:plus")
     assert [decision.provenance["points"] for decision in decisions] == [[1, 0], [1, 0]]
     with pytest.raises(ConfigError, match="`rubric` has no effect"):
-        open_principle_judge(f"{reward}:plus", None, "rubric.txt", ScriptedResponder(script))
+        open_principle_judge(f"{reward}:plus", None, "rubric.txt", None, ScriptedResponder(script))
 
 
 def test_an_interrupted_collection_ends_with_the_same_pairs(tmp_path):

@@ -1,13 +1,14 @@
 """`mlx-dpo collect`: collect preference pairs from a model's own answers."""
 
 import sys
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_dpo.cli.collect.ordered import (
+    ORDERED_FLAGS,
+    JudgeFlags,
     OrderedFlags,
     check_single,
     collect_ordered_pairs,
@@ -22,7 +23,15 @@ from mlx_dpo.cli.collect.results import (
 )
 from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo
-from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
+from mlx_dpo.cli.sampling_flags import (
+    DEFAULT_SEED,
+    connection_flags,
+    judge_flags,
+    make_connection,
+    make_samplings,
+    print_counts,
+    sampling_flags,
+)
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,6 +104,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
 )
 @ordered_flags
 @judge_flags
+@connection_flags
 @sampling_flags(
     temperature=1.0,
     seed=DEFAULT_SEED,
@@ -123,15 +133,12 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     resumes where it stopped. Prompts without a pair (ties, skipped prompts) go to a second file
     that ends in `.passed.jsonl`.
     """
-    names = [field.name for field in fields(OrderedFlags)]
-    given = settings | {"reward": reward, "judge": judge, "rubric": rubric}
-    flags = OrderedFlags(**{name: given[name] for name in names})
-    settings = {name: value for name, value in settings.items() if name not in names}
+    connection = make_connection(settings, judge, settings["critic"])
+    given = {name: settings.pop(name) for name in ORDERED_FLAGS}
+    judging = JudgeFlags(reward, judge, rubric, connection)
+    flags = OrderedFlags(**given, judging=judging)
     flags.check()
-    automatic = flags.is_automatic
-    _check_flags(flags, web, port, prompts)
-    if no_open and not web:
-        raise ConfigError("`--no-open` has no effect without --web")
+    _check_flags(flags, prompts, web=web, port=port, no_open=no_open)
     samplings = make_samplings(settings)
     if flags.method is not None:
         check_single(flags.method, runs, samplings)
@@ -146,8 +153,9 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     plan.check(max(1, len(runs)))
     pairs_file = open_pairs_file(output)
     prompt_list = _read_prompts(prompts)
-    opened_judge = open_judge(reward, judge, rubric) if automatic else None
-    tasks, system = _open_sampler(runs, model, prompt_list, pairs_file, plan, automatic=automatic)
+    is_judged = judging.is_given
+    opened_judge = open_judge(reward, judge, rubric, connection) if is_judged else None
+    tasks, system = _open_sampler(runs, model, prompt_list, pairs_file, plan, automatic=is_judged)
     print_resumed(tasks)
     if opened_judge is not None:
         run_with_progress(tasks, judge_all(tasks, opened_judge))
@@ -155,6 +163,7 @@ def collect(  # noqa: PLR0913 (one argument per flag)
         read_prompt = partial(_read_typed_prompt, system) if prompts is None else None
         _ask_person(tasks, web=web, port=port, no_open=no_open, read_prompt=read_prompt)
     print_summary(pairs_file)
+    print_counts(connection)
 
 
 def _read_prompts(prompts: str | None) -> "list[Prompt]":
@@ -217,9 +226,12 @@ def _ask_person(
         rank_in_browser(tasks, port or 0, open_browser=not no_open)
 
 
-def _check_flags(flags: "OrderedFlags", web: bool, port: int | None, prompts: str | None) -> None:
-    if port is not None and not web:
-        raise ConfigError("`port` has no effect without --web")
+def _check_flags(
+    flags: OrderedFlags, prompts: str | None, *, web: bool, port: int | None, no_open: bool
+) -> None:
+    for name, is_given in (("port", port is not None), ("--no-open", no_open)):
+        if is_given and not web:
+            raise ConfigError(f"`{name}` has no effect without --web")
     if flags.is_automatic and web:
         others = flags.method or "--reward or --judge"
         raise ConfigError(f"`web` has no effect with {others}; leave out one of them")

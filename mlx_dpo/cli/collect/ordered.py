@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from click.core import ParameterSource
@@ -17,6 +17,7 @@ from mlx_dpo.cli.collect.results import (
 )
 from mlx_dpo.cli.command import FILE, FOLDER
 from mlx_dpo.cli.output import echo
+from mlx_dpo.cli.sampling_flags import print_counts
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from mlx_dpo.data.prompts import Prompt
     from mlx_dpo.evaluation.rewards import Judge
     from mlx_dpo.generation.responder import Responder
+    from mlx_dpo.openai_api.connection import Connection
 
 Command = Callable[..., Any]
+ORDERED_FLAGS = ("principles", "revisions", "critic", "system_chosen", "system_rejected")
 
 
 def _print_principles(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -97,6 +100,20 @@ def ordered_flags(command: Command) -> Command:
     return command
 
 
+class JudgeFlags(NamedTuple):
+    """The flags of a judge, and the settings of the connection to models at addresses."""
+
+    reward: str | None
+    judge: str | None
+    rubric: str | None
+    connection: "Connection"
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a reward or a judge."""
+        return (self.reward or self.judge) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class OrderedFlags:
     """The flags of a collection by principles or by system prompts, and of its judge."""
@@ -106,9 +123,7 @@ class OrderedFlags:
     critic: str | None
     system_chosen: str | None
     system_rejected: str | None
-    reward: str | None
-    judge: str | None
-    rubric: str | None
+    judging: JudgeFlags
 
     @property
     def method(self) -> str | None:
@@ -120,7 +135,7 @@ class OrderedFlags:
     @property
     def is_automatic(self) -> bool:
         """Whether no person ranks the answers."""
-        return (self.method or self.reward or self.judge) is not None
+        return self.method is not None or self.judging.is_given
 
     def check(self) -> None:
         """Check that the flags fit together, without loading anything.
@@ -143,7 +158,7 @@ class OrderedFlags:
 
         by_principles = self.principles is not None
         check = check_principle_judge if by_principles else check_judge
-        check(self.reward, self.judge, self.rubric)
+        check(*self.judging[:3])
 
 
 def check_single(method: str, runs: tuple[str, ...], samplings: tuple[Sampling, ...]) -> None:
@@ -188,6 +203,7 @@ def collect_ordered_pairs(
     print_resumed(tasks)
     run_with_progress(tasks, collect_ordered(tasks, judge))
     print_summary(pairs_file)
+    print_counts(flags.judging.connection)
 
 
 def _read_principles(flags: OrderedFlags, sampling: Sampling) -> Opener:
@@ -210,11 +226,12 @@ def _read_principles(flags: OrderedFlags, sampling: Sampling) -> Opener:
         print_responder_notes(responder, prompts, sampling.max_tokens)
         critic = None
         if flags.critic is not None:
-            critic = open_any_responder(flags.critic, sends=SENT_TO_CRITIC)
+            connection = flags.judging.connection
+            critic = open_any_responder(flags.critic, connection, sends=SENT_TO_CRITIC)
         for note in critic.notes if critic else ():
             echo(note, err=True)
-        judge = open_principle_judge(flags.reward, flags.judge, flags.rubric, responder)
-        if flags.reward is None and flags.judge is None:
+        judge = open_principle_judge(*flags.judging, responder)
+        if not flags.judging.is_given:
             echo(f"Judge: {judge.name}, which judges its own answers by the principles", err=True)
         reviser = Reviser(responder, draw, sampling, critic)
         return reviser, REVISION_RULE, judge_drawn(judge, draw)
@@ -236,9 +253,7 @@ def _read_systems(flags: OrderedFlags, sampling: Sampling) -> Opener:
         responder: "Responder", prompts: "list[Prompt]"
     ) -> "tuple[AnswerSampler, PairRule, Judge | None]":
         print_responder_notes(responder, systems.apply(prompts), sampling.max_tokens)
-        judge = None
-        if flags.reward is not None or flags.judge is not None:
-            judge = open_judge(flags.reward, flags.judge, flags.rubric)
+        judge = open_judge(*flags.judging) if flags.judging.is_given else None
         return SystemContrast(responder, sampling, systems), systems.rule, judge
 
     return open_method

@@ -12,6 +12,7 @@ from mlx_dpo.evaluation.judge import (
 )
 from mlx_dpo.evaluation.rewards import Judge
 from mlx_dpo.generation.responder import Responder
+from mlx_dpo.openai_api.connection import Connection
 
 
 def check_principle_judge(reward: str | None, judge: str | None, rubric: str | None) -> None:
@@ -25,11 +26,16 @@ def check_principle_judge(reward: str | None, judge: str | None, rubric: str | N
 
 
 def open_principle_judge(
-    reward: str | None, judge: str | None, rubric: str | None, responder: Responder
+    reward: str | None,
+    judge: str | None,
+    rubric: str | None,
+    connection: Connection | None,
+    responder: Responder,
 ) -> Judge:
     """Load the judge of revisions; without a reward and a judge, `responder` itself judges.
 
-    A model gets the rubric about principles, unless the file `rubric` replaces it.
+    A model gets the rubric about principles, unless the file `rubric` replaces it. See
+    `open_judge` for the arguments.
 
     Raises:
         ConfigError: both are given, or the function or the rubric is not valid.
@@ -37,7 +43,7 @@ def open_principle_judge(
     """
     check_principle_judge(reward, judge, rubric)
     if reward is not None or judge is not None:
-        return open_judge(reward, judge, rubric, default=principle_rubric())
+        return open_judge(reward, judge, rubric, connection, default=principle_rubric())
     text = principle_rubric() if rubric is None else read_rubric(Path(rubric))
     source = responder.provenance
     return make_model_judge(str(source.get("run") or source["model"]), responder, text)
