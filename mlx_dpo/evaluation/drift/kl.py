@@ -110,7 +110,7 @@ def _answer_kl(
     for start in range(0, len(answer), CHUNK):
         chunk = slice(start, start + CHUNK)
         policy, base = (values[chunk] for values in logits)
-        divergences, log_ratios = kl_of_logits(policy, base, mx.array(answer[chunk]))
+        divergences, log_ratios = kl_of_logits(policy, base, mx.array(list(answer[chunk])))
         exact += scalar(divergences.sum())
         sampled += scalar(log_ratios.sum())
     return AnswerKL(exact, sampled, len(answer))
