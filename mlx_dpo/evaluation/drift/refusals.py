@@ -29,8 +29,8 @@ class RefusalCount:
     def is_worse(self) -> bool:
         """Whether training changed the refusals for the worse, beyond noise."""
         change = self.after - self.before
-        is_wrong_way = change > 0 if self.duty == "answer" else change < 0
-        return is_wrong_way and self.p_value <= SIGNIFICANCE
+        is_harmful = change > 0 if self.duty == "answer" else change < 0
+        return is_harmful and self.p_value <= SIGNIFICANCE
 
     @property
     def finding(self) -> str:
