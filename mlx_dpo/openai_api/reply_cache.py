@@ -26,7 +26,7 @@ from mlx_dpo.openai_api.reply import Reply
 VERSION = 1  # of the lines
 SUFFIX = ".replies"
 LOCK_RISK = "replies of two programs can be mixed up there, and are then asked again"
-ASKED_AGAIN = "what it holds is asked again"
+IS_REPEATED = "its requests are repeated"
 
 
 def request_key(model: Mapping[str, Any], body: Mapping[str, Any]) -> str:
@@ -63,7 +63,7 @@ class ReplyCache:
         return self._replies.get(key)
 
     def add(self, key: str, reply: Reply) -> None:
-        """Store a reply durably. If that is not possible, say so once and go on without."""
+        """Store a reply durably. If that is not possible, say so once and continue."""
         self._replies[key] = reply
         if self._path is None:
             return
@@ -127,9 +127,9 @@ def _read_replies(path: Path) -> dict[str, Reply]:
                     replies[str(row["key"])] = reply
         os.utime(path)
     except (OSError, DPOError) as error:
-        notify_once(f"{path}: cannot be read ({reason(error)}); {ASKED_AGAIN}")
+        notify_once(f"{path}: cannot be read ({reason(error)}); {IS_REPEATED}")
     if damaged:
-        notify_once(f"{path}: {damaged:,} damaged lines are left out; {ASKED_AGAIN}")
+        notify_once(f"{path}: {damaged:,} damaged lines are left out; {IS_REPEATED}")
     return replies
 
 

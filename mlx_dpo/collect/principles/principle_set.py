@@ -14,7 +14,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.bounded import read_text
 from mlx_dpo.types import Message
 
-DEFAULT = "default"  # in place of a file: the principles of the package
+DEFAULT = "default"  # instead of a file: the principles of the package
 PACKAGE = "mlx_dpo.collect.principles"
 YAML_SUFFIXES = (".yaml", ".yml")
 PLACEHOLDER = "{principle}"
