@@ -189,14 +189,14 @@ def _parse(
     row: Row, rules: RowRules, report: PairsReport, bad_pairs: str
 ) -> Iterator[ParsedExample]:
     renamed, rules = rename_columns(row, rules.renamed), replace(rules, renamed={})
-    is_answer = rules.schema is None and _has_one_answer(renamed)
+    is_answer = rules.schema is None and _has_single_answer(renamed)
     if is_answer:  # read as a labelled row, whose label does not matter
         renamed = Row({"label": True} | renamed.record, row.location)
     rules = replace(rules, judged=is_answer or rules.schema == "labelled")
     return parse_rows([renamed], rules, report, bad_pairs=bad_pairs)
 
 
-def _has_one_answer(row: Row) -> bool:
+def _has_single_answer(row: Row) -> bool:
     is_named = any(name in row.record for name in ANSWER_FIELDS)
     return is_named and "chosen" not in row.record and not has_pair_schema(row)
 
