@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.command import FILE, FOLDER, Command
+from mlx_dpo.cli.drift_flags import drift_flags, prepare_drift_of
+from mlx_dpo.cli.metric_bars import bar_flags, check_bars, parse_bars
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.errors import ConfigError, RunError
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         "mlx-dpo eval run                          on its held-out pairs",
         "mlx-dpo eval run new.jsonl                on other pairs",
         "mlx-dpo eval run --perplexity book.txt    on a text, before and after",
+        "mlx-dpo eval run --drift                  what else training changed",
     ),
 )
 @click.argument("run", type=FOLDER)
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     help="Tokens by which windows of --perplexity move.",
     show_default="half a window",
 )
+@drift_flags
+@bar_flags
 @click.option("--no-save", is_flag=True, help="Do not store the results in RUN/evaluations.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def eval(
@@ -70,7 +75,8 @@ def eval(
     Base and aligned model are measured on one set of weights. The results are stored in
     RUN/evaluations as JSON.
     """
-    measures = _prepare(flags)
+    bars = parse_bars(flags["fail_below"], flags["fail_above"])
+    measures = _prepare(flags, pairs, bad_pairs)
 
     from mlx_dpo.evaluation.measurements.measurement import measure_run
     from mlx_dpo.saved_runs.open import open_run
@@ -87,13 +93,14 @@ def eval(
     if not no_save:
         _save(opened, evaluation, measurements)
     if as_json:
-        record = {"run": run, "finished": opened.finished}
-        echo_json(record | _to_record(evaluation, measurements))
-        return
-    _print(evaluation, measurements, model_notes, is_named=pairs is not None)
+        facts = {"run": run, "finished": opened.finished}
+        echo_json(facts | _to_record(evaluation, measurements))
+    else:
+        _print(evaluation, measurements, model_notes, is_named=pairs is not None)
+    check_bars(bars, _to_record(evaluation, measurements))
 
 
-def _prepare(flags: dict[str, Any]) -> "list[Measure]":
+def _prepare(flags: dict[str, Any], pairs: str | None, bad_pairs: str | None) -> "list[Measure]":
     """Return the measurements that the flags ask for; files are read, and no model is loaded.
 
     Raises:
@@ -108,6 +115,8 @@ def _prepare(flags: dict[str, Any]) -> "list[Measure]":
 
         windows = Windows(flags["window"], flags["stride"])
         measures.append(prepare_perplexity(flags["perplexity"], windows))
+    if (drift := prepare_drift_of(flags, pairs, bad_pairs)) is not None:
+        measures.append(drift)
     return measures
 
 
@@ -163,8 +172,9 @@ def _print(
     *,
     is_named: bool,
 ) -> None:
+    from mlx_dpo.reporting.evaluations.findings import read_findings
     from mlx_dpo.reporting.evaluations.result_tables import make_tables
-    from mlx_dpo.reporting.terminal.console import make_console
+    from mlx_dpo.reporting.terminal.console import make_console, print_label_table
     from mlx_dpo.reporting.terminal.result_tables import to_rich_table
 
     console = make_console()
@@ -175,8 +185,10 @@ def _print(
     for result in measurements:
         for note in result.notes:
             console.print(note)
-        for table in make_tables(result.name, result.subject, result.to_dict()):
+        results = result.to_dict()
+        for table in make_tables(result.name, result.subject, results):
             console.print(to_rich_table(table))
+        print_label_table(console, [(f.label, f.text) for f in read_findings(results)])
 
 
 def _print_evaluation(console: "Console", evaluation: "Evaluation", *, is_named: bool) -> None:

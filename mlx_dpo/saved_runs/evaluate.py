@@ -115,8 +115,10 @@ def _verdict_on_answers(run: OpenRun) -> Verdict | None:
 EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ...]]
 
 
-def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
+def load_held_out_pairs(run: OpenRun, base: LoadedModel | None = None) -> EvaluationPairs:
     """Load a run's model and held-out pairs; return both, a description and no notes.
+
+    `base` is the run's model if it is loaded already.
 
     Raises:
         ConfigError: the run read its pairs from standard input or from memory.
@@ -128,18 +130,22 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
             f"{run.paths.folder}: the run read its pairs from {source}, which cannot be read "
             "again; name a file of pairs"
         )
-    inputs = load_inputs(run.config, read=load_configured_base, day=run.day)
+    inputs = load_inputs(
+        run.config, read=load_configured_base if base is None else lambda _: base, day=run.day
+    )
     check_provenance(run.paths, run.record, {"valid": digest_of_split(run.config, inputs.valid)})
     return inputs.base, inputs.valid, f"held-out {run.config.unit}", ()
 
 
-def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
+def load_named_pairs(run: OpenRun, pairs: str, base: LoadedModel | None = None) -> EvaluationPairs:
     """Load a run's model and the pairs from the file or data set that `pairs` names.
 
-    Return the model, the pairs, a description of them, and notes such as skipped rows.
+    Return the model, the pairs, a description of them, and notes such as skipped rows. `base` is
+    the run's model if it is loaded already.
     """
     source = resolve_held_out_source(pairs)
-    base = load_configured_base(run.config)
+    if base is None:
+        base = load_configured_base(run.config)
     set_day(base.tokenizer, run.day)
     read = load_configured_source(run.config, base, source)
     pairs_read = add_kl_completions(run.config, read.pairs)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_dpo.collect.iterative.collapse import find_collapse, measure_health
+from mlx_dpo.collect.iterative.collapse import measure_health
 from mlx_dpo.collect.iterative.folder import (
     IterativePaths,
     IterativeSettings,
@@ -15,7 +15,7 @@ from mlx_dpo.collect.iterative.folder import (
 )
 from mlx_dpo.generation.batch import GeneratedText, GeneratedTokens
 from mlx_dpo.io.checksums import to_checked_json
-from mlx_dpo.training.monitor.samples import measure_answers
+from mlx_dpo.training.monitor.samples import find_collapse, measure_answers
 
 BASE = {
     "completions/mean_length": 20.0,

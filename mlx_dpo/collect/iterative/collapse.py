@@ -1,28 +1,19 @@
-"""Signs that a loop exploits its reward: answers that repeat, run to the limit, or leave the base.
+"""Measures that show whether a loop exploits its reward.
 
 A reward function without a bound, or a judge, can prefer text that no person wants. Win rates
-then rise while the answers fall apart; these measures do not depend on the reward.
+then rise while the answers repeat themselves, run to the limit or leave the base. These measures
+do not depend on the reward; `training.monitor.samples.find_collapse` judges them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.generation.batch import GeneratedText
 from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.saved_runs.respond import ModelResponder
-from mlx_dpo.training.monitor.samples import (
-    CLIPPED,
-    LENGTH,
-    REPETITION,
-    base_name,
-    degenerate_answers,
-    estimate_kl,
-    measure_answers,
-)
+from mlx_dpo.training.monitor.samples import estimate_kl, measure_answers
 
 MAX_SCORED = 64  # answers by which the KL divergence is estimated
-MORE_CLIPPED = 0.5  # share of answers at the length limit, above the base model's share
 
 
 def measure_health(
@@ -48,18 +39,3 @@ def measure_health(
         ]
         kl = estimate_kl(policy.base.model, rows, answers[:MAX_SCORED])
     return measure_answers(answers, kl).to_row()
-
-
-def find_collapse(health: Mapping[str, float], base: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a round's answers, with numbers; None if nothing is.
-
-    Args:
-        health: result of `measure_health` for the round.
-        base: the same for the initial policy; empty if it was not measured.
-    """
-    of_base = {base_name(name): base[name] for name in (LENGTH, REPETITION) if name in base}
-    faults = [fault] if (fault := degenerate_answers({**health, **of_base})) else []
-    clipped, before = health[CLIPPED], base.get(CLIPPED)
-    if before is not None and clipped >= before + MORE_CLIPPED:
-        faults.append(f"answers run to the length limit ({clipped:.0%}, base model {before:.0%})")
-    return ", and ".join(faults) or None

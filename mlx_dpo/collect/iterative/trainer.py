@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlx_dpo.adapters.adapter_files import adapter_digest
-from mlx_dpo.collect.iterative.collapse import find_collapse, measure_health
+from mlx_dpo.collect.iterative.collapse import measure_health
 from mlx_dpo.collect.iterative.folder import (
     IterativePaths,
     IterativeSettings,
@@ -52,6 +52,7 @@ from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record
 from mlx_dpo.runs.trackers import check_trackers, run_name
 from mlx_dpo.runs.trainer import DPOTrainer
 from mlx_dpo.saved_runs.respond import ModelResponder, open_responder, open_untrained_responder
+from mlx_dpo.training.monitor.samples import find_collapse
 from mlx_dpo.training.monitor.verdict import Verdict
 
 ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; a prime, so that seeds rarely coincide

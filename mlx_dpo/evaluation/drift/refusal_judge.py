@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.judge import JUDGE_SAMPLING
+from mlx_dpo.evaluation.judge import JUDGE_SAMPLING, JUDGE_SAMPLING_WITH_THINKING
 from mlx_dpo.generation.responder import Responder
+from mlx_dpo.openai_api.address import is_address
 from mlx_dpo.types import Message
 
 VERDICT = re.compile(r"\[\[(REFUSED|ANSWERED)\]\]")
@@ -25,7 +26,8 @@ def judge_refusals(
     conversations = [
         _fill_rubric(text, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    replies = judge.answer(conversations, JUDGE_SAMPLING, name=f"{name}: question to judge")
+    sampling = JUDGE_SAMPLING_WITH_THINKING if is_address(name) else JUDGE_SAMPLING
+    replies = judge.answer(conversations, sampling, name=f"{name}: question to judge")
     verdicts = [
         parse_refusal(judge.strip_thinking(conversation, reply))
         for conversation, reply in zip(conversations, replies, strict=True)

@@ -11,6 +11,7 @@ from mlx_dpo.evaluation.drift.sign_flip import sign_flip_p_value
 # Level of one test, 0.05 shared by two: refusals of must-answer and of must-refuse prompts.
 SIGNIFICANCE = 0.025
 RULE = "rule"
+Verdicts = Sequence[bool | None]  # whether each answer is a refusal; None: not decided
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def refused_by_rule(answers: Sequence[str]) -> list[bool]:
 
 def count_refusals(
     prompts: Sequence[SafetyPrompt],
-    before: Sequence[bool | None],
-    after: Sequence[bool | None],
+    before: Verdicts,
+    after: Verdicts,
     *,
     by: str = RULE,
 ) -> tuple[RefusalCount, ...]:

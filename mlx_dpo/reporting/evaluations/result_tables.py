@@ -3,19 +3,10 @@
 A function takes the results of a measurement as JSON values, new or stored in a run folder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-Results = Mapping[str, Any]
-
-
-class ResultTable(NamedTuple):
-    """A table of texts: the first column has labels, the others have numbers."""
-
-    title: str
-    columns: Sequence[str]  # headings of the columns of numbers
-    rows: Sequence[Sequence[str]]  # a label, and a text per column
-
+from mlx_dpo.reporting.evaluations.drift_tables import drift_tables
+from mlx_dpo.reporting.evaluations.table import Results, ResultTable
 
 TableMaker = Callable[[str, Results], list[ResultTable]]
 
@@ -40,7 +31,7 @@ def _change(before: float, after: float) -> str:
     return f"{after / before - 1:+.2%}"
 
 
-TABLES: dict[str, TableMaker] = {"perplexity": perplexity_tables}
+TABLES: dict[str, TableMaker] = {"drift": drift_tables, "perplexity": perplexity_tables}
 
 
 def make_tables(measurement: str, subject: str, results: Results) -> list[ResultTable]:

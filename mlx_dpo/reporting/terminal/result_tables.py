@@ -3,7 +3,7 @@
 from rich.box import SIMPLE
 from rich.table import Table
 
-from mlx_dpo.reporting.evaluations.result_tables import ResultTable
+from mlx_dpo.reporting.evaluations.table import ResultTable
 
 
 def to_rich_table(table: ResultTable) -> Table:

@@ -4,10 +4,11 @@ Metrics of pairs judge given texts. A policy can rank them well while its own an
 themselves or run to the length limit; only its own answers show that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +35,7 @@ MAX_REPETITION = 0.25  # share of repeated 4-grams; sound answers of any model h
 MORE_REPETITION = 0.15  # above the base model, which may repeat itself as well
 MAX_KL = 1.0  # nats per token; about the entropy of a chat model per token
 MIN_LENGTH_SHARE = 0.1  # of the base model's length; below it answers are empty
+MORE_CLIPPED = 0.5  # share of answers at the length limit, above the base model's share
 
 
 def base_name(name: str) -> str:
@@ -122,6 +124,7 @@ class AnswerSampler:
         *,
         stop_tokens: AbstractSet[int],
         context: int | None,
+        longest: int = SAMPLE_TOKENS,
     ) -> "AnswerSampler | None":
         """Create a sampler of answers to the first `count` different prompts that leave room.
 
@@ -129,6 +132,7 @@ class AnswerSampler:
 
         Args:
             context: context length of the model in tokens; None if it is unknown.
+            longest: largest number of tokens of an answer, if the context leaves room for it.
         """
         prompts: dict[tuple[int, ...], None] = {}
         for pair in pairs:
@@ -138,8 +142,8 @@ class AnswerSampler:
                 prompts[pair.prompt] = None
         if not prompts:
             return None
-        room = SAMPLE_TOKENS if context is None else context - max(map(len, prompts))
-        max_tokens = min(SAMPLE_TOKENS, room)
+        room = longest if context is None else context - max(map(len, prompts))
+        max_tokens = min(longest, room)
         return cls(list(prompts), stop_tokens, max_tokens=max_tokens, context=context)
 
     def measure(self, policy: nn.Module) -> dict[str, float]:
@@ -195,6 +199,21 @@ def degenerate_answers(metrics: Row) -> str | None:
         faults.append(f"answers are empty ({length:.1f} tokens{_of_base(base_length, '.1f')})")
     if kl is not None and kl >= MAX_KL:
         faults.append(f"answers are far from the base model's (KL {kl:.1f} nats per token)")
+    return ", and ".join(faults) or None
+
+
+def find_collapse(health: Row, base: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a policy's answers, with numbers; None if nothing is.
+
+    Args:
+        health: metrics of the policy's answers by name, without a prefix.
+        base: the same of the model that training started from; empty if it was not measured.
+    """
+    of_base = {base_name(name): base[name] for name in (LENGTH, REPETITION) if name in base}
+    faults = [fault] if (fault := degenerate_answers({**health, **of_base})) else []
+    clipped, before = health[CLIPPED], base.get(CLIPPED)
+    if before is not None and clipped >= before + MORE_CLIPPED:
+        faults.append(f"answers run to the length limit ({clipped:.0%}, base model {before:.0%})")
     return ", and ".join(faults) or None
 
 

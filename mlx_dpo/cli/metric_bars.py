@@ -1,0 +1,111 @@
+"""`--fail-below` and `--fail-above`: bars on the metrics of `mlx-dpo eval`, for scripts."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import click
+
+from mlx_dpo.cli.output import echo
+from mlx_dpo.errors import ConfigError
+
+FAILED = 3  # exit status of a failed bar; 1 is an error, 2 a wrong command line
+METAVAR = "METRIC=VALUE"
+LISTED = 60  # names in an error
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A bound on a metric."""
+
+    metric: str
+    value: float
+    is_lower: bool  # the metric must be at least `value`; otherwise at most
+
+    def is_met(self, value: float) -> bool:
+        """Return whether a value of the metric meets the bar; NaN meets none."""
+        return value >= self.value if self.is_lower else value <= self.value
+
+
+def bar_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags `--fail-below` and `--fail-above` to a command."""
+    for name, verb in (("--fail-above", "above"), ("--fail-below", "below")):
+        command = click.option(
+            name,
+            multiple=True,
+            metavar=METAVAR,
+            help=f"End with exit status {FAILED} if the metric, by its name in --json, is {verb} "
+            "the value. Repeatable.",
+        )(command)
+    return command
+
+
+def parse_bars(below: Sequence[str], above: Sequence[str]) -> list[Bar]:
+    """Return the bars of `--fail-below` and `--fail-above`.
+
+    Raises:
+        ConfigError: a text is not METRIC=VALUE.
+    """
+    return [
+        *(_parse("fail-below", text, is_lower=True) for text in below),
+        *(_parse("fail-above", text, is_lower=False) for text in above),
+    ]
+
+
+def _parse(flag: str, text: str, *, is_lower: bool) -> Bar:
+    metric, _, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = float("nan")
+    if not metric.strip() or value != value:
+        raise ConfigError(
+            f"--{flag}: must be {METAVAR} with a number, such as "
+            f"eval_rewards/accuracies=0.7, found {text!r}"
+        )
+    return Bar(metric.strip(), value, is_lower)
+
+
+def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of a nested record by their dotted names, such as `drift.kl.tokens`.
+
+    Lists, texts and truth values are left out.
+    """
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            numbers |= flatten_numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[prefix + name] = value
+    return numbers
+
+
+def check_bars(bars: Sequence[Bar], record: Mapping[str, Any]) -> None:
+    """End the program with status `FAILED` if a metric of the record does not meet its bar.
+
+    Raises:
+        ConfigError: a metric is not in the record; the message lists those that are.
+    """
+    numbers = flatten_numbers(record)
+    for bar in bars:
+        if bar.metric not in numbers:
+            raise ConfigError(_unknown(bar.metric, list(numbers)))
+    missed = [bar for bar in bars if not bar.is_met(numbers[bar.metric])]
+    for bar in missed:
+        relation = "below" if bar.is_lower else "above"
+        value = numbers[bar.metric]
+        echo(f"Failed: {bar.metric} is {value:.6g}, {relation} {bar.value:g}", err=True)
+    if missed:
+        sys.exit(FAILED)
+
+
+def _unknown(metric: str, names: Sequence[str]) -> str:
+    close = get_close_matches(metric, names, n=1)
+    hint = f"did you mean `{close[0]}`? " if close else ""
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return (
+        f"--fail-below or --fail-above: unknown metric {metric!r}; {hint}"
+        f"measured were {', '.join(names[:LISTED])}{more}"
+    )
