@@ -5,7 +5,7 @@ rejected), T tokens in a padded sequence, V vocabulary. Log-probabilities are in
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -49,7 +49,11 @@ class PreferenceExample:
 
 @dataclass(frozen=True, slots=True)
 class UnpairedExample:
-    """A completion as text, labelled desirable or undesirable (TRL's "unpaired preference")."""
+    """A completion as text, labelled desirable or undesirable (TRL's "unpaired preference").
+
+    An example of instruction tuning is desirable. Its completion may be several turns of a
+    conversation, of which those of the assistant are scored.
+    """
 
     prompt: Text
     completion: Text
@@ -63,7 +67,7 @@ class UnpairedExample:
 class TokenizedPair:
     """A preference pair as token ids. `chosen` and `rejected` do not include the prompt.
 
-    Masks are derived from the lengths and never stored.
+    Masks are derived from the lengths and from `gaps`, and never stored.
     """
 
     prompt: tuple[int, ...]
@@ -75,13 +79,54 @@ class TokenizedPair:
     margin: float = 0.0  # how much better chosen is, if the data has a margin column
     weight: float = 1.0  # weight in the loss, if the data has a weight column
     # The completion of an unpaired example is `chosen`; `rejected` is then the completion of
-    # another prompt, from which KTO estimates the KL divergence.
+    # another prompt, from which KTO estimates the KL divergence, and empty in instruction tuning.
     desirable: bool | None = None  # the label of an unpaired example; None for pairs
     ranking: RankedPair = NO_LIST
+    # Ranges of `chosen` that are not scored: what others say between two turns of the assistant.
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def scored(self) -> list[int]:
+        """Positions in `chosen` of the tokens that are scored."""
+        ends = [0, *(end for _, end in self.gaps)]
+        starts = [*(start for start, _ in self.gaps), len(self.chosen)]
+        return [i for part in zip(ends, starts, strict=True) for i in range(*part)]
+
+    @property
+    def num_scored(self) -> int:
+        """Number of tokens of `chosen` that are scored."""
+        return len(self.chosen) - sum(end - start for start, end in self.gaps)
 
     def __len__(self) -> int:
         """Return the number of tokens of the prompt with the longer completion."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    def cut_completions(self, chosen: int, rejected: int) -> "TokenizedPair":
+        """Return the pair with at most so many tokens of each completion.
+
+        If the cut is in a gap, `chosen` ends before it: tokens after the last scored one have no
+        effect.
+        """
+        gaps = tuple((start, min(end, chosen)) for start, end in self.gaps if start < chosen)
+        if gaps and gaps[-1][1] == chosen:
+            *gaps_before, (chosen, _) = gaps
+            gaps = tuple(gaps_before)
+        return replace(
+            self, chosen=self.chosen[:chosen], rejected=self.rejected[:rejected], gaps=gaps
+        )
+
+
+def scored_completions(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
+    """Return the scored token ids of all chosen, then of all rejected completions."""
+    chosen = [
+        tuple(pair.chosen[i] for i in pair.scored) if pair.gaps else pair.chosen for pair in pairs
+    ]
+    return chosen if lack_rejected(pairs) else chosen + [pair.rejected for pair in pairs]
+
+
+def lack_rejected(pairs: Sequence[TokenizedPair]) -> bool:
+    """Return whether the pairs have no rejected completions, as in instruction tuning."""
+    return not any(pair.rejected for pair in pairs)
 
 
 class PairBatch(NamedTuple):
@@ -92,7 +137,11 @@ class PairBatch(NamedTuple):
 
 
 class PairLogps(NamedTuple):
-    """Summed log-probabilities of completions under one model, one entry per pair."""
+    """Summed log-probabilities of completions under one model, one entry per pair.
+
+    Examples of instruction tuning have no rejected completion. The second number is then that of
+    the tokens of `chosen` that the model ranks first.
+    """
 
     chosen: mx.array  # (B,) float32
     rejected: mx.array  # (B,) float32
@@ -106,7 +155,7 @@ class PairLogps(NamedTuple):
 class PairMetadata(NamedTuple):
     """Inputs of the losses besides log-probs: token counts, margins, weights, labels, lists."""
 
-    chosen_tokens: mx.array  # (B,) float32, tokens of the completion
+    chosen_tokens: mx.array  # (B,) float32, scored tokens of the completion
     rejected_tokens: mx.array  # (B,) float32
     mean_chosen_tokens: mx.array  # () float32, over all pairs of the optimizer step
     margins: mx.array  # (B,) float32
@@ -140,14 +189,15 @@ class PreferenceMetrics(NamedTuple):
     """Metrics as means over a set of pairs; `losses.metrics` lists their names in metrics.jsonl."""
 
     loss: float
-    chosen_rewards: float | None  # None if a step of unpaired examples has no desirable one
-    rejected_rewards: float | None
-    margins: float | None
-    accuracies: float
-    chosen_logps: float | None
-    rejected_logps: float | None
+    chosen_rewards: float | None = None  # None if a step has no desirable example, and for SFT
+    rejected_rewards: float | None = None
+    margins: float | None = None
+    accuracies: float | None = None  # None for SFT
+    chosen_logps: float | None = None
+    rejected_logps: float | None = None
     chosen_tokens: float | None = None  # scored tokens
     rejected_tokens: float | None = None
+    mean_token_accuracy: float | None = None  # share of scored tokens ranked first, for SFT
     kl: float | None = None  # KTO's estimate of the KL divergence, in nats
     # Pearson correlation of the length difference (chosen minus rejected) and the margin; None
     # if one of them is constant.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from mlx_dpo.data.inspect.findings import MODEL, VALID
 from mlx_dpo.data.inspect.results import CheckResults, Finding, list_findings
 from mlx_dpo.data.inspect.scan import SplitScan
+from mlx_dpo.data.report import PairsReport
 from mlx_dpo.reporting.pair_view import format_histogram, format_length_summary
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def print_results(console: "Console", results: CheckResults) -> None:
 
 def format_counts(split: SplitScan) -> Iterator[str]:
     """Yield lines with the number of rows, pairs, tokens and changed pairs of each data source."""
-    unit = "labelled answers" if split.settings.rows.judged else "pairs"
+    rows = split.settings.rows
+    unit = f"{PairsReport('', 0, rows.judged, rows.supervised).unit}s"
     for report in split.reports:
         if not report.used:
             yield f"{report.source}: 0 {unit}, from {report.read:,} rows"
@@ -51,7 +53,7 @@ def format_counts(split: SplitScan) -> Iterator[str]:
         yield f"total: {split.rows:,} rows, {split.pairs:,} {unit}"
     prompts = sum(report.prompt_tokens for report in split.reports)
     answers = sum(report.chosen_tokens + report.rejected_tokens for report in split.reports)
-    if prompts and not split.settings.rows.judged:
+    if prompts and not (rows.judged or rows.supervised):
         saved = prompts / (2 * prompts + answers)
         yield f"sharing the prompt between both answers saves {saved:.0%} of the tokens"
 
@@ -76,7 +78,9 @@ def format_lengths(split: SplitScan) -> Iterator[str]:
 
 def _print_finding(console: "Console", finding: Finding, split: SplitScan) -> None:
     check = finding.check
-    unit = "answers" if check.unit == "pairs" and split.settings.rows.judged else check.unit
+    rows = split.settings.rows
+    is_single = rows.judged or rows.supervised
+    unit = "answers" if check.unit == "pairs" and is_single else check.unit
     unit = unit.removesuffix("s" * (finding.count == 1))
     console.print(f"{check.severity:<7} {check.name}", style=STYLES[check.severity], end="")
     counts = f"{finding.count:,} {unit} ({_format_share(finding.share)})"

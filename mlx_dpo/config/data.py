@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mlx_dpo.config.setting import NoEffect, setting
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.schemas import SCHEMAS
+from mlx_dpo.schemas import SCHEMA_NAMES, SCHEMAS
 
 DATA = "Pairs"
 DEFAULT_MAX_LENGTH = 1024  # tokens
@@ -71,7 +71,7 @@ class PairSettings:
         "Dataset schema of the rows.",
         str,
         DATA,
-        choices=tuple(SCHEMAS),
+        choices=SCHEMA_NAMES,
         metavar="SCHEMA",
         default_text="detected",
     )
@@ -98,6 +98,16 @@ class PairSettings:
         "Make pairs from completions labelled good and bad for the same prompt.",
         bool,
         DATA,
+    )
+    assistant_turns: str | None = setting(
+        None,
+        "Turns of the assistant that instruction tuning scores in a conversation: all of them, or "
+        "the last one.",
+        str,
+        DATA,
+        choices=("all", "last"),
+        metavar="TURNS",
+        default_text="all",
     )
     system: str | None = setting(
         None,
@@ -204,13 +214,16 @@ DATA_NO_EFFECT: tuple[NoEffect[PairSettings], ...] = (
 )
 
 
-def check_pair_settings(settings: PairSettings, *, labelled: bool) -> None:
+def check_pair_settings(
+    settings: PairSettings, *, labelled: bool, supervised: bool = False
+) -> None:
     """Raise `ConfigError` for data settings that contradict each other.
 
     Args:
         settings: the settings of a run.
         labelled: whether the loss takes single completions with a label, good or bad (KTO),
             instead of preference pairs.
+        supervised: whether the run is instruction tuning, which takes one answer of each row.
     """
     if settings.mix and settings.pairs and len(settings.mix) != len(settings.pairs):
         raise ConfigError(
@@ -219,6 +232,7 @@ def check_pair_settings(settings: PairSettings, *, labelled: bool) -> None:
     if settings.pair_labelled:
         unfit = {
             "a `loss_type` that takes labels itself": labelled,
+            "loss_type `sft` alone, which takes one answer of each row": supervised,
             "`margin_column`": settings.margin_column is not None,
             "`weight_column`": settings.weight_column is not None,
         }
@@ -227,3 +241,18 @@ def check_pair_settings(settings: PairSettings, *, labelled: bool) -> None:
                 raise ConfigError(f"`pair_labelled` cannot go with {reason}")
     elif settings.schema == "labelled" and not labelled:
         raise ConfigError("`schema` labelled needs --loss-type kto, or --pair-labelled")
+    if not supervised:
+        _check_not_supervised(settings)
+
+
+def _check_not_supervised(settings: PairSettings) -> None:
+    """Raise `ConfigError` for settings of instruction tuning in a run on preferences."""
+    if settings.schema is not None and settings.schema not in SCHEMAS:
+        raise ConfigError(
+            f"`schema` {settings.schema} has rows of one answer, and needs --loss-type sft"
+        )
+    if settings.assistant_turns is not None:
+        raise ConfigError(
+            "`assistant_turns` acts on instruction tuning only, which is --loss-type sft alone; "
+            "leave it out"
+        )

@@ -97,7 +97,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         check_losses(self)
         check_effects(self, NO_EFFECT)
         check_reference_settings(self)
-        check_pair_settings(self, labelled=self.labelled)
+        check_pair_settings(self, labelled=self.labelled, supervised=self.supervised)
         check_optimizer_settings(self)
         check_batch_sizes(self)
         check_reporting_settings(self)

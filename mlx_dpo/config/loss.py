@@ -211,14 +211,19 @@ class LossSettings:
         return any(loss.labelled for loss in self.losses)
 
     @property
+    def supervised(self) -> bool:
+        """Whether the run is instruction tuning (SFT): the loss takes one answer of each row."""
+        return self.loss_type == ("sft",)
+
+    @property
     def listwise(self) -> bool:
         """Whether one of the losses takes whole ranked lists (`ranked: all`)."""
         return any(loss.listwise for loss in self.losses)
 
     @property
     def unit(self) -> str:
-        """Word that messages use for training examples: `pairs`, or `answers` for KTO."""
-        return "answers" if self.labelled else "pairs"
+        """Word that messages use for training examples: `pairs`, `answers` (KTO), `rows` (SFT)."""
+        return "answers" if self.labelled else "rows" if self.supervised else "pairs"
 
     def get_hyperparameters(self, loss: Loss) -> SimpleNamespace:
         """Return the hyper-parameters of a loss; those that are not set have its defaults."""
@@ -345,6 +350,11 @@ def _check_weighting(settings: LossSettings) -> None:
             raise ConfigError(
                 f"`ld_alpha` is not defined for loss_type `{loss.name}`, which uses the "
                 "likelihood of whole completions"
+            )
+        if settings.use_weighting and settings.supervised:
+            raise ConfigError(
+                "`use_weighting` has no effect with loss_type `sft` alone: it weights pairs; leave "
+                "it out"
             )
         if settings.use_weighting and loss.uses_whole_batch:
             raise ConfigError(

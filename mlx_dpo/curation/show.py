@@ -70,7 +70,7 @@ def _preview_sources(
 
 
 def _preview_rows(rows: list[RawRow], source: str, settings: ScanSettings) -> Iterator[PairPreview]:
-    report = PairsReport(source, 0, judged=settings.rows.judged)
+    report = PairsReport(source, 0)
     try:
         for parsed in parse_rows(map(_get_row, rows), settings.rows, report, bad_pairs="drop"):
             yield _preview_example(parsed.example, settings)
@@ -97,7 +97,7 @@ def _preview_example(example: Example, settings: ScanSettings) -> PairPreview:
     except BadPairError as bad:
         return PairPreview(example.location, [f"left out: {bad.reason}"], [])
     notes = []
-    if isinstance(example, UnpairedExample):
+    if isinstance(example, UnpairedExample) and settings.rows.judged:
         notes.append(f"judged {'good' if example.desirable else 'bad'}")
     if not tokenized.as_chat:
         notes.append("plain text: no chat template")

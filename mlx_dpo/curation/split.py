@@ -52,7 +52,8 @@ def split_pairs(config: DPOConfig, *, share: float, output: Path) -> SplitResult
     check_rows_independent(config)
     sources = find_sources(config.pairs, None, config.split)
     check_rereadable(sources.train)
-    reports = [PairsReport(source.name, 0, judged=config.labelled) for source in sources.train]
+    kind = config.labelled, config.supervised
+    reports = [PairsReport(source.name, 0, *kind) for source in sources.train]
     prompts, rows = _read_prompts(config, sources.train, reports)
     held_out = {rows[i] for i in hold_out_prompts(prompts, share=share, seed=config.seed)}
     if not held_out:

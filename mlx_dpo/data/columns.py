@@ -35,7 +35,9 @@ def _get_lengths(pair: TokenizedPair) -> list[int]:
 
 
 def _get_part_digests(pair: TokenizedPair) -> list[bytes]:
-    return [token_digest(ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
+    # No token id is negative: the digest of a completion with gaps is that of no other one.
+    marks = [bound for gap in pair.gaps for bound in (-1, *gap)]
+    return [token_digest(ids) for ids in (pair.prompt, (*pair.chosen, *marks), pair.rejected)]
 
 
 def _get_label(pair: TokenizedPair) -> int:
@@ -43,6 +45,7 @@ def _get_label(pair: TokenizedPair) -> int:
 
 
 LENGTHS = "lengths"  # tokens of prompt, chosen and rejected
+GAPS = "gaps"  # number of gaps in chosen, and tokens in them
 PART_DIGESTS = "part_digests"  # of prompt, chosen and rejected, as token ids
 PROMPT_DIGESTS = "prompt_digests"  # of the prompt as text, before truncation
 MARGINS_AND_WEIGHTS = "margins_and_weights"
@@ -50,6 +53,9 @@ LABELS = "labels"  # 1 desirable, 0 undesirable, NO_LABEL for preference pairs
 RANKINGS = "rankings"  # `RankedPair` as numbers
 COLUMNS = {
     LENGTHS: ColumnSpec("<i4", (3,), _get_lengths),
+    GAPS: ColumnSpec(
+        "<i4", (2,), lambda pair: (len(pair.gaps), len(pair.chosen) - pair.num_scored)
+    ),
     PART_DIGESTS: ColumnSpec(f"V{PART_DIGEST_BYTES}", (3,), _get_part_digests),
     PROMPT_DIGESTS: ColumnSpec(
         f"V{PROMPT_DIGEST_BYTES}", (), lambda pair: bytes.fromhex(pair.prompt_digest)

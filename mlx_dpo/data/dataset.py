@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from mlx_dpo.data.columns import (
+    GAPS,
     LABELS,
     LENGTHS,
     MARGINS_AND_WEIGHTS,
@@ -37,7 +38,8 @@ class MappedPairs:
     @classmethod
     def from_arrays(cls, arrays: Arrays, locations: RowLocations) -> "MappedPairs":
         """Return the pairs in `arrays`, which `read_pair_file` returned."""
-        ends = np.cumsum(arrays[LENGTHS].sum(axis=1, dtype=np.int64))
+        bounds = 2 * arrays[GAPS][:, 0].astype(np.int64)  # of gaps; they follow the token ids
+        ends = np.cumsum(arrays[LENGTHS].sum(axis=1, dtype=np.int64) + bounds)
         return cls(arrays, locations, np.concatenate([np.zeros(1, np.int64), ends]))
 
     def __len__(self) -> int:
@@ -46,20 +48,22 @@ class MappedPairs:
     def pair(self, index: int) -> TokenizedPair:
         """Build the tokenized pair at `index`."""
         arrays = self.arrays
-        prompt, chosen, _ = arrays[LENGTHS][index].tolist()
+        prompt, chosen, rejected = arrays[LENGTHS][index].tolist()
         ids = tuple(arrays[TOKENS][self.starts[index] : self.starts[index + 1]].tolist())
+        bounds = ids[prompt + chosen + rejected :]
         margin, weight = arrays[MARGINS_AND_WEIGHTS][index].tolist()
         label = int(arrays[LABELS][index])
         return TokenizedPair(
             ids[:prompt],
             ids[prompt : prompt + chosen],
-            ids[prompt + chosen :],
+            ids[prompt + chosen : prompt + chosen + rejected],
             self.locations.decode(arrays[LOCATIONS][index].tolist()),
             arrays[PROMPT_DIGESTS][index].tobytes().hex(),
             margin,
             weight,
             None if label == NO_LABEL else bool(label),
             ranking_of(arrays[RANKINGS][index]),
+            tuple(zip(bounds[::2], bounds[1::2], strict=True)),
         )
 
 

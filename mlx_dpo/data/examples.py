@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.errors import ALWAYS_DROPPED, BadPairError, ConfigError, DataError
-from mlx_dpo.schemas import find_schema, parse_row, parse_unpaired
+from mlx_dpo.schemas import find_schema, parse_row, parse_supervised, parse_unpaired
 from mlx_dpo.schemas.labelled import pair_by_prompt
 from mlx_dpo.schemas.messages import TEMPLATE_FIELDS
 from mlx_dpo.schemas.pairs.compared import VERDICTS
@@ -45,7 +45,7 @@ def parse_rows(
             parsed: list[Any] = _parse_unpaired(row, schema, rules)
             unpaired += [example for example in parsed if not isinstance(example, BadPairError)]
             parsed = [bad for bad in parsed if isinstance(bad, BadPairError)]
-        elif rules.judged:
+        elif rules.judged or rules.supervised:
             parsed = _parse_unpaired(row, schema, rules)
         else:
             parsed = list(parse_row(row, rules, schema))
@@ -76,10 +76,12 @@ def _drop_bad_pairs(parsed: Iterable[Any], report: PairsReport, bad_pairs: str) 
 def _parse_unpaired(
     row: Row, schema: Schema, rules: RowRules
 ) -> list[UnpairedExample | BadPairError]:
-    if schema.has_labels:  # a row may have several, of which one bad example leaves the others
+    if schema.has_labels and not rules.supervised:
+        # A row may have several labels, of which one bad example leaves the others.
         return [e for e in parse_row(row, rules, schema) if not isinstance(e, PreferenceExample)]
+    parse = parse_supervised if rules.supervised else parse_unpaired
     try:
-        return list(parse_unpaired(row, rules, schema))
+        return list(parse(row, rules, schema))
     except BadPairError as bad:
         return [bad]
 

@@ -96,12 +96,13 @@ class ListCounts:
 class PairsReport:
     """Counts of the pairs that were loaded or dropped from one data source.
 
-    A field counts pairs, or unpaired examples (KTO), unless its comment names another unit.
+    A field counts pairs, or single answers (KTO, SFT), unless its comment names another unit.
     """
 
     source: str
     max_length: int
     judged: bool = False  # examples are unpaired (KTO)
+    supervised: bool = False  # examples are single answers of instruction tuning (SFT)
     read: int = 0  # rows
     used: int = 0
     desirable: int = 0  # desirable unpaired examples
@@ -163,7 +164,8 @@ class PairsReport:
         self.boundary_moved += example.boundary_moved > 0
         self.stops_added += example.stops_added
         self.prompt_tokens += len(pair.prompt)
-        self.chosen_tokens += len(pair.chosen)
+        self.chosen_tokens += pair.num_scored
+        self.prompt_tokens += len(pair.chosen) - pair.num_scored  # context between two answers
         self.rejected_tokens += len(pair.rejected)
         self.longest = max(self.longest, len(pair))
 
@@ -297,17 +299,27 @@ class PairsReport:
         ]
 
     @property
+    def has_single_answers(self) -> bool:
+        """Whether an example has one answer (KTO, SFT) instead of two."""
+        return self.judged or self.supervised
+
+    @property
+    def unit(self) -> str:
+        """Word for an example: `pair`, `labelled answer` (KTO) or `row` (SFT)."""
+        return "labelled answer" if self.judged else "row" if self.supervised else "pair"
+
+    @property
     def _completions(self) -> int:
-        return self.used if self.judged else 2 * self.used
+        return self.used if self.has_single_answers else 2 * self.used
 
     def _tokens(self) -> str:
         answers = f"{self.chosen_tokens:,} chosen, {self.rejected_tokens:,} rejected"
-        if self.judged:
+        if self.has_single_answers:
             answers = f"{self.chosen_tokens:,} answers"
         return f"tokens: {self.prompt_tokens:,} prompt, {answers}; longest row {self.longest:,}"
 
     def _count(self, count: int) -> str:
-        return _counted(count, "labelled answer" if self.judged else "pair")
+        return _counted(count, self.unit)
 
     def dropped_lines(self) -> list[str]:
         """Return one line of text per reason: how many pairs were dropped for it, and where."""
@@ -316,7 +328,7 @@ class PairsReport:
             # `:12` or `[12]`, as another line names the file.
             shown = [location.removeprefix(self.source) for location in locations[:MAX_SHOWN]]
             more = ["…"] * (len(locations) > MAX_SHOWN)
-            unit = "row" if self.judged else "pair"  # a pair becomes two unpaired examples
+            unit = "row" if self.has_single_answers else "pair"  # for KTO a pair is two
             dropped = _counted(len(locations), unit)
             lines.append(f"left out {dropped}: {reason} ({', '.join(shown + more)})")
         return lines

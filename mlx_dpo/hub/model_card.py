@@ -51,6 +51,7 @@ class CardContent:
     losses: Sequence[str]  # names
     rewarded: RewardKind
     labelled: bool  # the data are single labelled completions (KTO)
+    supervised: bool  # the data are single answers (instruction tuning)
     reference: str
     adapter: str  # type and size
     steps: str  # number of steps, and why training stopped early
@@ -79,11 +80,12 @@ def make_metadata(content: CardContent) -> ModelCardData:
     if content.datasets:
         optional["datasets"] = list(content.datasets)
     tags = ["dpo"] if list(content.losses) == ["sigmoid"] else content.losses
+    aim = "instruction-tuning" if content.supervised else "preference-optimization"
     # `library_name: mlx` promises a model that mlx-lm loads by its name; an adapter is not one.
     return ModelCardData(
         library_name="mlx" if content.peft_problem else "peft",
         pipeline_tag="text-generation",
-        tags=["mlx-dpo", "mlx", content.fine_tune_type, "preference-optimization", *tags],
+        tags=["mlx-dpo", "mlx", content.fine_tune_type, aim, *tags],
         **optional,
     )
 
@@ -141,7 +143,11 @@ def _about(content: CardContent) -> str:
     base = _hub_link(content.base_model) if content.base_model else "a model that is not on the Hub"
     versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
     what = "Weights" if content.fine_tune_type == FULL else "An adapter"
-    aim = "prefer the desirable of" if content.labelled else "prefer the chosen completions of"
+    aim = "prefer the chosen completions of"
+    if content.labelled:
+        aim = "prefer the desirable of"
+    if content.supervised:
+        aim = "answer as in"
     sources = "; ".join(LOSSES[name].source for name in content.losses)
     lines = [
         f"{what} for {base}, trained to {aim} {content.pairs}.",
@@ -152,13 +158,15 @@ def _about(content: CardContent) -> str:
         f"* {content.steps}, with {versions}",
     ]
     if content.curves:
-        lines += ["", f"![Loss, rewards and accuracy over the steps]({CURVES})"]
+        shown = "Loss and accuracy" if content.supervised else "Loss, rewards and accuracy"
+        lines += ["", f"![{shown} over the steps]({CURVES})"]
     return "\n".join(lines)
 
 
 def _results(content: CardContent) -> str:
     if not content.evaluation:
-        return "No pairs were held out, so the adapter was not evaluated."
+        unit = "rows" if content.supervised else "pairs"
+        return f"No {unit} were held out, so the adapter was not evaluated."
     rows = [
         (f"`{name}`", f"{content.evaluation[name]:.4f}", meaning)
         for name, meaning in _metric_meanings(content).items()
@@ -176,15 +184,17 @@ def _metric_meanings(content: CardContent) -> dict[str, str]:
     starts_at_log_2 = is_plain_dpo and not CHANGES_INITIAL_LOSS & content.settings.keys()
     initial = "; log 2 = 0.693 before training" * starts_at_log_2
     rewarded = REWARD_MEANING[content.rewarded]
+    chosen = "answers" if content.supervised else "chosen completions"
     meanings = {
-        "loss": f"the loss{initial}",
+        "loss": "cross-entropy per token" if content.supervised else f"the loss{initial}",
+        "mean_token_accuracy": "share of the answers' tokens that the model ranks first",
         "accuracies": f"share of {correct}",
         "margins": "reward of the chosen completion minus that of the rejected one",
         "best_worst_margins": "reward of the best completion of a ranked list minus that of the "
         "worst",
         "chosen_rewards": f"reward of chosen completions: beta × {rewarded}",
         "rejected_rewards": "reward of rejected completions",
-        "chosen_logps": "log-probability of chosen completions",
+        "chosen_logps": f"log-probability of {chosen}",
         "rejected_logps": "log-probability of rejected completions",
         "kl": "KTO's estimate of the KL divergence from the reference, in nats",
         "length_correlation": "correlation of the margin with the length difference; near 1 or -1 "
@@ -208,8 +218,9 @@ def _settings(content: CardContent) -> list[str]:
 
 
 def _limitations(content: CardContent) -> str:
+    learned = "answers" if content.supervised else "preferences"
     lines = [
-        "* The model learned the preferences of its training data, including their mistakes and "
+        f"* The model learned the {learned} of its training data, including their mistakes and "
         "gaps. The metrics were measured on similar data and say nothing about facts, safety or "
         "other tasks.",
         "* Fusing the adapter into a quantized model can undo the training; `mlx-dpo fuse` "

@@ -161,6 +161,7 @@ def _collect_facts(
         "losses": config.loss_type,
         "rewarded": config.reward_kind,
         "labelled": config.labelled,
+        "supervised": config.supervised,
         "reference": _describe_reference(config),
         "adapter": _describe_adapter(adapter),
         "steps": _describe_steps(record),
@@ -187,7 +188,9 @@ def _findings(record: Mapping[str, Any]) -> list[str]:
 
 def _describe_data(opened: OpenRun, named: Sequence[str], *, is_complete: bool) -> str:
     links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in named]
-    unit = "labelled completions" if opened.config.labelled else "preference pairs"
+    config = opened.config
+    unit = "rows with answers" if config.supervised else "preference pairs"
+    unit = "labelled completions" if config.labelled else unit
     text = f"{opened.record['counts']['train']:,} {unit}"
     if not links:
         return f"{text}, which are not named on this card"
@@ -276,7 +279,7 @@ def _make_samples(
             raise ConfigError("`--prompts` has no effect with `--samples` 0")
         return [], ()
     if prompts is None and not opened.record["counts"]["valid"]:
-        return [], ("no samples: no pairs were held out",)
+        return [], (f"no samples: no {opened.config.unit} were held out",)
     comparison = compare_runs([folder], prompts, SAMPLING, limit=limit)
     before, after = (policy.answers for policy in comparison.policies)
     return [

@@ -31,6 +31,7 @@ METRICS: Mapping[str, Metric] = {
     "best_worst_margins": Metric(
         "rewards/margins_best_worst", "margin of best and worst of a list", "higher"
     ),
+    "mean_token_accuracy": Metric("mean_token_accuracy", "token accuracy", "higher"),
     "chosen_rewards": Metric("rewards/chosen", "reward of chosen", "higher"),
     "rejected_rewards": Metric("rewards/rejected", "reward of rejected", "lower"),
     "chosen_logps": Metric("logps/chosen", "log-prob of chosen", "higher"),
@@ -53,7 +54,9 @@ def concatenate_outputs(parts: Sequence[LossOutputs]) -> LossOutputs:
     return cast(LossOutputs, tree_map(concatenate, parts[0], *parts[1:]))
 
 
-def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> PreferenceMetrics:
+def compute_metrics(
+    outputs: LossOutputs, *, labelled: bool = False, supervised: bool = False
+) -> PreferenceMetrics:
     """Return the metrics as means over all pairs; accuracy is the share with a positive margin.
 
     For ranked lists of more than one pair, the margin of best and worst is the mean over the pairs
@@ -63,7 +66,12 @@ def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> Preferen
     undesirable examples, as in TRL, or None if there are no such examples. Accuracy is then the
     share of examples whose reward is above KTO's reference point if desirable and below it if
     not (TRL has no such metric).
+
+    With `supervised` (SFT), there are no rewards. The token accuracy is the share of all scored
+    tokens that the policy ranks first, as in TRL.
     """
+    if supervised:
+        return _compute_supervised_metrics(outputs)
     if labelled:
         return _compute_labelled_metrics(outputs)
     margins = outputs.chosen_rewards - outputs.rejected_rewards
@@ -114,6 +122,17 @@ def _pearson_correlation(a: mx.array, b: mx.array) -> float | None:
     a, b = a - a.mean(), b - b.mean()
     spread = scalar(mx.sqrt((a * a).sum()) * mx.sqrt((b * b).sum()))
     return scalar((a * b).sum()) / spread if spread > 0 else None
+
+
+def _compute_supervised_metrics(outputs: LossOutputs) -> PreferenceMetrics:
+    policy, tokens = outputs.scored.policy, outputs.scored.metadata.chosen_tokens
+    # `rejected` holds the number of tokens that the policy ranks first.
+    hits = policy.rejected.sum() / tokens.sum()
+    means = [outputs.losses.mean(), hits, policy.chosen.mean(), tokens.mean()]
+    loss, accuracy, logps, length = cast(list[float], mx.stack(means).tolist())
+    return PreferenceMetrics(
+        loss=loss, chosen_logps=logps, chosen_tokens=length, mean_token_accuracy=accuracy
+    )
 
 
 def _compute_labelled_metrics(outputs: LossOutputs) -> PreferenceMetrics:

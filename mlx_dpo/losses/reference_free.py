@@ -92,8 +92,9 @@ LOSSES = (
         name="sft",
         function=lambda pairs, s: sft_loss(pairs.policy.chosen, pairs.metadata.mean_chosen_tokens),
         equation="−logπ(w) / mean |w| of the step: the mean cross-entropy per token",
-        source="as a part of RPO: Pang et al. 2024, arXiv:2404.19733",
-        use="Added to another loss, so that the likelihood of chosen does not decrease.",
+        source="maximum likelihood; as a part of RPO: Pang et al. 2024, arXiv:2404.19733",
+        use="Alone: instruction tuning, on rows with one answer or on the chosen answer of pairs. "
+        "Added to another loss: the likelihood of chosen does not decrease.",
         defaults={},
         reward=None,
         needs_reference=False,

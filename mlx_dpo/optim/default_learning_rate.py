@@ -13,12 +13,15 @@ Sources:
     Schulman et al. 2025, LoRA Without Regret: the best rate of LoRA is ten times that of full
         fine-tuning, and independent of the rank if adapters are scaled by alpha / rank. Its fits
         to the width have the exponents -0.78 (Llama) and -0.08 (Qwen).
+    Instruction tuning: TRL's examples take 2e-4 for LoRA and 2e-5, its default, for full
+        fine-tuning. Its loss is a mean over tokens, so that their number does not matter.
     scripts/bench/bench_learning_rate.py; measurements in docs/notes.md.
 """
 
 import math
 from typing import NamedTuple
 
+SUPERVISED_RATE = 2e-4  # instruction tuning with LoRA, at WIDTH and ALPHA
 LORA_RATE = 2e-5  # with the following values, at which the published rates were used
 WIDTH, ALPHA, STEPS, TOKENS = 4096, 32.0, 478, 256
 FULL_SHARE = 0.1  # full fine-tuning takes so much of the rate of LoRA
@@ -51,3 +54,17 @@ def choose_learning_rate(run: RateFactors, *, factor: float = 1.0) -> float:
     share *= STEPS / max(run.steps, FEWEST_STEPS) * TOKENS / max(run.tokens, FEWEST_TOKENS)
     scale = FULL_SHARE if run.alpha is None else ALPHA / run.alpha
     return float(f"{LORA_RATE * factor * scale * math.sqrt(share):.{SIGNIFICANT_DIGITS}g}")
+
+
+def choose_supervised_rate(run: RateFactors, *, factor: float = 1.0) -> float:
+    """Return the default peak learning rate of instruction tuning.
+
+    It is 2e-4 for LoRA with alpha 32 on a model of width 4096, and a tenth of that for full
+    fine-tuning. It is proportional to 1 / alpha, and to one over the square root of the width. The
+    numbers of steps and tokens do not matter.
+
+    The arguments are those of `choose_learning_rate`.
+    """
+    scale = FULL_SHARE if run.alpha is None else ALPHA / run.alpha
+    share = math.sqrt(WIDTH / (run.width or WIDTH))
+    return float(f"{SUPERVISED_RATE * factor * scale * share:.{SIGNIFICANT_DIGITS}g}")

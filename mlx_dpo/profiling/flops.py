@@ -42,12 +42,13 @@ def count_trie_tokens(passes: Iterable[Sequence[TokenizedPair]]) -> TokenCounts:
         trie = PrefixTrie(pair_texts(pairs))
         tokens += padded_width(len(trie))
         keys += int(trie.positions.sum()) + len(trie)
-        completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        scored = [(pair.chosen, pair.scored) for pair in pairs]
+        scored += [(pair.rejected, list(range(len(pair.rejected)))) for pair in pairs]
         rows += len(
             {
-                row
-                for path, completion in zip(trie.paths, completions, strict=True)
-                for row in zip(path[-len(completion) :].tolist(), completion, strict=True)
+                (int(path[len(path) - len(completion) + i]), completion[i])
+                for path, (completion, places) in zip(trie.paths, scored, strict=True)
+                for i in places
             }
         )
     return TokenCounts(tokens, rows, keys)

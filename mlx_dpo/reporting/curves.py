@@ -63,9 +63,17 @@ CURVES = (
     Curve(
         "Loss",
         "",
-        "DPO starts at log 2 ≈ 0.693, where policy and reference agree. If the held-out line rises "
-        "while the training line falls, the policy memorizes its pairs.",
+        "DPO starts at log 2 ≈ 0.693, where policy and reference agree; instruction tuning starts "
+        "at the cross-entropy per token of the untrained model. If the held-out line rises while "
+        "the training line falls, the policy memorizes its pairs.",
         _metrics("loss"),
+        section=RESULTS,
+    ),
+    Curve(
+        "Token accuracy",
+        "share",
+        "Scored tokens that the policy ranks first, given the tokens before them.",
+        _metrics("mean_token_accuracy"),
         section=RESULTS,
     ),
     Curve(

@@ -10,7 +10,9 @@ from mlx_dpo.types import MetricsRow
 FINAL_METRICS = tuple(
     (metric.label, EVAL_PREFIX + metric.name) for metric in METRICS.values() if metric.better
 )
-BEST_WORST = EVAL_PREFIX + METRICS["best_worst_margins"].name
+TOKEN_ACCURACY = METRICS["mean_token_accuracy"].name
+# Only runs on ranked lists have the first, and only instruction tuning has the second.
+OPTIONAL = (EVAL_PREFIX + METRICS["best_worst_margins"].name, EVAL_PREFIX + TOKEN_ACCURACY)
 
 ZERO_MARGIN = 0.0005  # is shown as 0.000
 # Label, key of an evaluation row and format of the metrics of sampled answers.
@@ -32,8 +34,7 @@ def step_texts(row: MetricsRow) -> list[str]:
     """Return the metrics of a training metrics row as texts, the most important first."""
     return [
         f"loss {row['loss']:.4f}",
-        f"margin {_format_metric(row, 'rewards/margins', '+.3f')}",
-        f"accuracy {_format_accuracy(row, '', '.0%'):>4}",
+        *_preference_texts(row, "", ".0%"),
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tok/s",
         f"{row['peak_memory_gb']:.2f} GB",
@@ -49,9 +50,18 @@ def evaluation_texts(row: MetricsRow) -> list[str]:
     """Return the metrics of an evaluation metrics row as texts, the most important first."""
     return [
         f"loss {row['eval_loss']:.4f}",
-        f"margin {_format_metric(row, 'eval_rewards/margins', '+.3f')}",
-        f"accuracy {_format_accuracy(row, EVAL_PREFIX, '.1%')}",
+        *_preference_texts(row, EVAL_PREFIX, ".1%"),
         *_sample_texts(row),
+    ]
+
+
+def _preference_texts(row: MetricsRow, prefix: str, form: str) -> list[str]:
+    """Return margin and accuracy as texts, or the token accuracy of instruction tuning."""
+    if (key := prefix + TOKEN_ACCURACY) in row:
+        return [f"token accuracy {row[key]:{form}}"]
+    return [
+        f"margin {_format_metric(row, f'{prefix}rewards/margins', '+.3f')}",
+        f"accuracy {_format_accuracy(row, prefix, form):>4}",
     ]
 
 
@@ -73,11 +83,12 @@ def format_final_metrics(row: MetricsRow, *, is_noise: bool = False) -> dict[str
 
     With `is_noise` the margins are noise, and accuracy is not shown as a result.
     """
-    formats = {"accuracy": ".1%"}
+    formats = {"accuracy": ".1%", "token accuracy": ".1%"}
+    is_supervised = EVAL_PREFIX + TOKEN_ACCURACY in row
     texts = {
         label: _format_metric(row, key, formats.get(label, ".4f"))
         for label, key in FINAL_METRICS
-        if key in row or key != BEST_WORST  # only runs on ranked lists have it
+        if key in row or not (is_supervised or key in OPTIONAL)
     }
     texts |= {label: format(row[key], form) for label, key, form in SAMPLE_METRICS if key in row}
     return texts | {"accuracy": NOISE} if is_noise else texts
@@ -108,7 +119,10 @@ def final_metrics_table(
 
 def _format_metrics_before(row: MetricsRow) -> dict[str, str]:
     """Return the metrics before the first step; without any margin there is no accuracy."""
-    return format_final_metrics(row) | {"accuracy": _format_accuracy(row, EVAL_PREFIX, ".1%")}
+    texts = format_final_metrics(row)
+    if "accuracy" not in texts:
+        return texts
+    return texts | {"accuracy": _format_accuracy(row, EVAL_PREFIX, ".1%")}
 
 
 def _base_samples(row: MetricsRow) -> MetricsRow:

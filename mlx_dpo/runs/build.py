@@ -25,7 +25,11 @@ from mlx_dpo.io.notices import notify_once
 from mlx_dpo.models.device import device_kind, is_cpu
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
-from mlx_dpo.optim.default_learning_rate import RateFactors, choose_learning_rate
+from mlx_dpo.optim.default_learning_rate import (
+    RateFactors,
+    choose_learning_rate,
+    choose_supervised_rate,
+)
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.phases import phase
 from mlx_dpo.profiling.flops import model_width
@@ -138,6 +142,10 @@ def with_learning_rate(
     tokens = float(column(inputs.train, LENGTHS)[:, 1].mean())
     run = RateFactors(model_width(base.config), alpha, total_steps, tokens)
     factor = optimizers.OPTIMIZERS[config.optim].rate_factor
+    if config.supervised:
+        reason = f"{METHODS[method]}, instruction tuning, width {run.width or 'unknown'}"
+        rate = choose_supervised_rate(run, factor=factor)
+        return replace(config, learning_rate=rate), reason
     reasons = [
         METHODS[method],
         f"width {run.width or 'unknown'}",

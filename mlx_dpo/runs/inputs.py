@@ -132,6 +132,8 @@ def row_rules(config: DPOConfig) -> RowRules:
     """Return the settings that decide how dataset rows are parsed into examples."""
     return RowRules(
         judged=config.labelled,
+        supervised=config.supervised,
+        assistant_turns=config.assistant_turns or "all",
         pair_labelled=config.pair_labelled,
         margin=config.margin_column,
         weight=config.weight_column,

@@ -102,5 +102,6 @@ def monitored_run(
         rejected_tokens=float(rejected.mean()),
         chosen_longer=float((chosen > rejected).mean() + (chosen == rejected).mean() / 2),
         referenced=config.reward_kind == "log-ratio" and config.reference_model is None,
+        supervised=config.supervised,
         from_start=config.reference_model is None and not config.sync_ref_model,
     )

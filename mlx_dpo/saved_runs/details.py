@@ -34,6 +34,7 @@ UNSET = {
 # Columns of the table of evaluations: label, key of a metrics row, and number format.
 EVALUATION_COLUMNS = (
     ("loss", "eval_loss", ".4f"),
+    ("token accuracy", "eval_mean_token_accuracy", ".1%"),
     ("margin", "eval_rewards/margins", "+.3f"),
     ("accuracy", "eval_rewards/accuracies", ".1%"),
     ("log-prob of chosen", "eval_logps/chosen", ".2f"),
@@ -196,12 +197,18 @@ def _describe_result(run: LoggedRun, evaluation: MetricsRow) -> Finding | None:
     if not run.is_finished:
         return None
     verdict, margin = run.verdict, evaluation.get("eval_rewards/margins", 0.0)
-    level = "good" if margin > 0 else "unclear"
+    level = "good" if margin > 0 or _has_lower_loss(run, evaluation) else "unclear"
     if verdict is not None:
         level = "bad" if verdict.is_worse else "unclear"
     pairs = format_items(run.record["counts"]["valid"], f"held-out {run.config.unit}")
     before = run.record.get("before")
     return Finding(level, describe_result(verdict, evaluation or None, pairs, before))
+
+
+def _has_lower_loss(run: LoggedRun, evaluation: MetricsRow) -> bool:
+    """Return whether instruction tuning has reduced the loss on held-out rows."""
+    before = (run.record.get("before") or {}).get("eval_loss")
+    return run.config.supervised and before is not None and evaluation["eval_loss"] < before
 
 
 def _key_figures(run: LoggedRun, evaluation: MetricsRow, *, is_noise: bool) -> list[KeyFigure]:
@@ -225,13 +232,14 @@ def _evaluation_figures(
     pairs = format_items(run.record["counts"]["valid"], f"held-out {run.config.unit}")
     held_out = f"held out, step {evaluation.get('step', 0):,}"
     figures = [
+        _figure(evaluation, before, "mean_token_accuracy", ".1%", "of the tokens of " + pairs),
         _figure(evaluation, before, "accuracies", ".1%", f"of {pairs}; chance: 50%"),
         _figure(evaluation, before, "margins", "+.3f", held_out),
         _figure(evaluation, before, "loss", ".3f", held_out),
         _figure(evaluation, before, "chosen_logps", ".2f", "held out, per completion"),
     ]
-    if is_noise and figures[0] is not None:
-        figures[0] = figures[0]._replace(after=NOISE)
+    if is_noise and figures[1] is not None:
+        figures[1] = figures[1]._replace(after=NOISE)
     return figures
 
 

@@ -7,6 +7,7 @@ schema, write it in a file of this package, or of `pairs` if its rows hold pairs
 files or tokenizers.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -31,6 +32,12 @@ from mlx_dpo.schemas.schema import (
     format_names,
     suggest_columns,
 )
+from mlx_dpo.schemas.supervised import (
+    SUPERVISED_SCHEMAS,
+    check_no_label,
+    find_supervised,
+    fits_supervised,
+)
 from mlx_dpo.types import PreferenceExample, UnpairedExample
 
 # The first schema that fits a row parses it: those with field names of their own come first.
@@ -41,6 +48,7 @@ SCHEMAS = {
         STRINGS, WHOLE_MESSAGES, MESSAGES, DIALOGUES, WHOLE_STRINGS, LABELLED,
     )
 }  # fmt: skip
+SCHEMA_NAMES = tuple(dict.fromkeys([*SCHEMAS, *SUPERVISED_SCHEMAS]))  # values of `--schema`
 
 
 def find_schema(row: Row, rules: RowRules = DEFAULT_RULES) -> Schema:
@@ -50,7 +58,9 @@ def find_schema(row: Row, rules: RowRules = DEFAULT_RULES) -> Schema:
         DataError: no schema fits the row.
     """
     if rules.schema is not None:
-        return SCHEMAS[rules.schema]
+        return _named_schema(row, rules, rules.schema)
+    if rules.supervised:
+        check_no_label(row)
     reads_labels = rules.judged or (rules.pair_labelled and "chosen" not in row.record)
     if reads_labels and LABELLED.fits(row.record):
         return LABELLED
@@ -59,7 +69,17 @@ def find_schema(row: Row, rules: RowRules = DEFAULT_RULES) -> Schema:
             if schema in (DIALOGUES, WHOLE_STRINGS, WHOLE_MESSAGES):
                 _check_prompt_name(row)
             return schema
+    if rules.supervised:
+        return find_supervised(row)
     raise _unknown_schema(row)
+
+
+def _named_schema(row: Row, rules: RowRules, name: str) -> Schema:
+    """Return the schema `name`; of two with the name, that of pairs if it fits the row."""
+    pairs, supervised = SCHEMAS.get(name), SUPERVISED_SCHEMAS.get(name)
+    if supervised is None or not rules.supervised:
+        return SCHEMAS[name]
+    return pairs if pairs is not None and pairs.fits(row.record) else supervised
 
 
 def has_pair_schema(row: Row) -> bool:
@@ -139,8 +159,35 @@ def parse_unpaired(
             for pair in parse_pairs(row, rules, schema)
             for text, good in ((pair.chosen, True), (pair.rejected, False))
         ]
+    return _usable(parse_row(row, rules, schema))
+
+
+def parse_supervised(
+    row: Row, rules: RowRules, schema: Schema | None = None
+) -> list[UnpairedExample]:
+    """Return the examples of the row for instruction tuning; of a pair, the chosen completion.
+
+    The arguments are those of `parse_row`.
+
+    Raises:
+        DataError: a field is missing or of another type.
+        BadPairError: nothing can be learned from the row.
+    """
+    schema = schema or find_schema(row, rules)
+    if schema is SUPERVISED_SCHEMAS.get(schema.name):
+        return _usable(parse_row(row, rules, schema))
+    return [
+        UnpairedExample(
+            pair.prompt, pair.chosen, True, row.location, pair.template_kwargs, pair.implicit_prompt
+        )
+        for pair in parse_pairs(row, rules, schema)
+    ]
+
+
+def _usable(parsed: Iterable[Parsed]) -> list[UnpairedExample]:
+    """Return the unpaired examples; raise the first `BadPairError` among them."""
     examples = []
-    for example in parse_row(row, rules, schema):
+    for example in parsed:
         if isinstance(example, BadPairError):
             raise example
         if isinstance(example, UnpairedExample):
@@ -154,6 +201,11 @@ def _unknown_schema(row: Row) -> DataError:
         return DataError(
             f"{location}: unpaired data (a single answer with a `label`), not preference pairs; "
             "use --loss-type kto, or --pair-labelled if prompts have good and bad answers"
+        )
+    if not {"chosen", "rejected"} & record.keys() and fits_supervised(record):
+        return DataError(
+            f"{location}: missing `chosen` and `rejected` (found {format_names(record)}); for "
+            "instruction tuning on such rows, use --loss-type sft"
         )
     for name in ("chosen", "rejected"):
         if name not in record:

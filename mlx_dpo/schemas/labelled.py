@@ -51,14 +51,15 @@ def pair_by_prompt(examples: Iterable[UnpairedExample]) -> list[PairOrError]:
 
 
 def _parse(row: Row, rules: RowRules) -> list[UnpairedExample]:
-    desirable = _parse_label(row)
+    desirable = parse_label(row)
     prompt, completion = _parse_completion(row)
     if not has_content(completion):
         raise BadPairError(row.location, EMPTY_COMPLETION)
     return [UnpairedExample(prompt, completion, desirable, row.location)]
 
 
-def _parse_label(row: Row) -> bool:
+def parse_label(row: Row) -> bool:
+    """Return the field `label`; raise `DataError` if it is neither true nor false."""
     label = row.record.get("label")
     if isinstance(label, str):
         label = LABELS.get(label.strip().lower(), label)
@@ -90,13 +91,14 @@ def _parse_completion(row: Row) -> tuple[Text, Text]:
             raise DataError(
                 f"{row.location}: missing `{name}` in a row with a `label`; add it, or `messages`"
             )
-    prompt, completion = (_parse_text_or_messages(row, name) for name in ("prompt", "completion"))
+    prompt, completion = (parse_text_or_messages(row, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
     return to_messages(prompt, "user"), to_messages(completion, "assistant")
 
 
-def _parse_text_or_messages(row: Row, name: str) -> Text:
+def parse_text_or_messages(row: Row, name: str) -> Text:
+    """Return a field that holds text or messages, parsed."""
     value = row.record[name]
     if get_field_type(value, name, row.location) == "text":
         return parse_text(value, name, row.location)

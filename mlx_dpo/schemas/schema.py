@@ -30,6 +30,8 @@ class RowRules:
     """Settings for parsing rows into preference pairs or unpaired examples."""
 
     judged: bool = False  # make unpaired examples (for KTO): one per labelled row, two per pair
+    supervised: bool = False  # make one good example of each row or pair (for SFT)
+    assistant_turns: str = "all"  # turns of a conversation that SFT scores, or `last`
     pair_labelled: bool = False  # pair good and bad labelled completions of the same prompt
     margin: str | None = None  # field that says how much better chosen is
     weight: str | None = None  # field that says how much the row counts

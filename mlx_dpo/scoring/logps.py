@@ -84,6 +84,25 @@ def pair_logps(model: CausalLM, batch: PairBatch, *, ld_alpha: float | None = No
     return PairLogps(chosen, rejected)
 
 
+def supervised_logps(model: CausalLM, batch: PairBatch) -> PairLogps:
+    """Return the summed log-probs of the scored tokens, and their number of hits. (B,) each
+
+    The pairs have no rejected completions. A hit is a scored token that the model ranks first.
+    """
+    logits, targets = model(batch.tokens[:, :-1]).astype(mx.float32), batch.tokens[:, 1:]
+    scored = batch.completion_mask[:, 1:]
+    values = mx.where(scored, target_logps(logits, targets), 0.0).sum(axis=-1)
+    return PairLogps(values, mx.where(scored, hits(logits, targets), 0.0).sum(axis=-1))
+
+
+def hits(logits: mx.array, targets: mx.array) -> mx.array:
+    """Return 1 for each target token with the largest logit, else 0. (..., V), (...) -> (...)
+
+    The result is float32 and has no gradient.
+    """
+    return mx.stop_gradient((mx.argmax(logits, axis=-1) == targets).astype(mx.float32))
+
+
 def pair_log_weights(model: CausalLM, batch: PairBatch) -> PairLogps:
     """Return the mean WPO log-weight per token of each chosen and rejected completion. (B,) each"""
     scored = batch.completion_mask[:, 1:]

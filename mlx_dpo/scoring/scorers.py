@@ -32,13 +32,13 @@ from mlx_dpo.scoring.kernels.rope import use_token_positions
 from mlx_dpo.scoring.kernels.swiglu import use_fast_swiglu
 from mlx_dpo.scoring.kernels.take_rows import take_rows
 from mlx_dpo.scoring.lm_head import chunked_log_weights, chunked_logps
-from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
+from mlx_dpo.scoring.logps import pair_log_weights, pair_logps, supervised_logps
 from mlx_dpo.scoring.packing.packed_sequence import PackedSequence, packed_hidden_states
 from mlx_dpo.scoring.packing.shared_prompts import SharedPromptSequence
 from mlx_dpo.scoring.packing.trie import TrieSequence
 from mlx_dpo.scoring.sharded.gathered_blocks import is_sharded
 from mlx_dpo.scoring.shared_prefix import completion_hidden_states
-from mlx_dpo.types import PairLogps, TokenizedPair
+from mlx_dpo.types import PairLogps, TokenizedPair, lack_rejected, scored_completions
 
 Scorer = Callable[[nn.Module, Sequence[TokenizedPair]], PairLogps]  # (B,) float32 each
 
@@ -97,6 +97,8 @@ def plain_scorer(
         ld_alpha: weight of the tokens beyond the length of the pair's shorter completion (LD-DPO).
     """
     with cast_for_forward(model):
+        if lack_rejected(pairs):
+            return supervised_logps(model, collate(pairs))
         return pair_logps(model, collate(pairs), ld_alpha=ld_alpha)
 
 
@@ -149,6 +151,8 @@ def _score_with_shared_prompts(
 ) -> PairLogps:
     """Compute one number per completion (such as its log-prob), running each prompt once. (B,) each
 
+    Of pairs without rejected completions, the second number is that of hits, see `PairLogps`.
+
     Args:
         packing: batching strategy for the pairs.
         token_values: function that computes a number per target token, (n,), from the model parts,
@@ -157,12 +161,15 @@ def _score_with_shared_prompts(
             and the length of the pair's shorter completion.
     """
     batches = _batches(pairs, by_length=packing == "lengths")
+    is_single = lack_rejected(pairs)
+    if is_single:
+        token_values = partial(token_values, with_hits=True)
     completions = [
         (completion, min(len(pairs[i].chosen), len(pairs[i].rejected)))
         for batch in batches
-        for name in ("chosen", "rejected")
-        for i in batch
-        for completion in [getattr(pairs[i], name)]
+        for i, completion in zip(
+            batch * (2 - is_single), scored_completions([pairs[i] for i in batch]), strict=True
+        )
     ]
     with cast_for_forward(model):
         parts = split_backbone(model)
@@ -177,7 +184,19 @@ def _score_with_shared_prompts(
             values = token_values(parts, mx.concatenate(hidden), targets)
     ends = list(itertools.accumulate(len(completion) for completion, _ in completions))
     by_completion = zip(mx.split(values, ends[:-1]), completions, strict=True)
-    return _in_pair_order([reduce(part, shorter) for part, (_, shorter) in by_completion], batches)
+    scores = [reduce(part, shorter) for part, (_, shorter) in by_completion]
+    if is_single:  # log-prob and hits of each completion
+        scores = [score[i] for batch in _split(scores, batches) for i in (0, 1) for score in batch]
+    return _in_pair_order(scores, batches)
+
+
+def _split(
+    scores: Sequence[mx.array], batches: Sequence[Sequence[int]]
+) -> Iterator[list[mx.array]]:
+    """Yield the scores of each batch, of which there is one per pair."""
+    remaining = iter(scores)
+    for batch in batches:
+        yield list(itertools.islice(remaining, len(batch)))
 
 
 def _packed_values(
@@ -194,14 +213,14 @@ def _packed_values(
 
 
 def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.array:
-    """Return the sum of a completion's token log-probs. (n,) -> ()
+    """Return the sum of a completion's token log-probs. (n,) -> (), or (n, 2) -> (2,) with hits
 
     Args:
         shorter: number of tokens of the pair's shorter completion.
         ld_alpha: weight of the tokens beyond that number; None weights all tokens equally.
     """
     if ld_alpha is None:
-        return logps.sum()
+        return logps.sum(axis=0)
     return logps[:shorter].sum() + ld_alpha * logps[shorter:].sum()
 
 

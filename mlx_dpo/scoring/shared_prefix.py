@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_dpo.data.batches.padding import MIN_CONTINUATION, padded_width
 from mlx_dpo.scoring.backbone import ModelParts
 from mlx_dpo.scoring.generation_match import empty_caches
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.types import TokenizedPair, lack_rejected
 
 Tokens = Sequence[int]
 
@@ -42,10 +42,14 @@ def completion_hidden_states(
         for cache in caches:
             cache.finalize()
         last = mx.take_along_axis(hidden, mx.array(lengths)[:, None, None] - 1, axis=1)
+    texts = [([pair.chosen for pair in pairs], [pair.scored for pair in pairs])]
+    if not lack_rejected(pairs):
+        rejected = [pair.rejected for pair in pairs]
+        texts.append((rejected, [list(range(len(ids))) for ids in rejected]))
     return mx.concatenate(
         [
-            _continue_from_caches(parts, last, caches, completions, is_even=is_even)
-            for completions in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+            _continue_from_caches(parts, last, caches, completions, scored, is_even=is_even)
+            for completions, scored in texts
         ]
     )
 
@@ -55,14 +59,16 @@ def _continue_from_caches(
     last: mx.array,
     caches: list[Any],
     completions: Sequence[Tokens],
+    scored: Sequence[Sequence[int]],
     *,
     is_even: bool,
 ) -> mx.array:
-    """Return the hidden states that predict the tokens of `completions`. (n, D)
+    """Return the hidden states that predict the scored tokens of `completions`. (n, D)
 
     Args:
         last: hidden states of the last prompt tokens, (B, 1, D).
         caches: KV caches of the prompts; they are copied, not changed.
+        scored: positions of the scored tokens in each completion.
         is_even: whether all prompts have the same length.
     """
     hidden = last
@@ -77,11 +83,11 @@ def _continue_from_caches(
         continued = parts.hidden_states(tokens, copy.deepcopy(caches))
         hidden = mx.concatenate([last, continued], axis=1)
     width = hidden.shape[1]
-    if all(len(completion) == width for completion in completions):
+    if all(len(places) == width for places in scored):
         return hidden.flatten(0, 1)
-    # Padding is dropped by a gather from the flat (B width, D).
-    unpadded = [row * width + i for row, c in enumerate(completions) for i in range(len(c))]
-    return hidden.flatten(0, 1)[mx.array(unpadded)]
+    # Padding and tokens that are not scored are dropped by a gather from the flat (B width, D).
+    rows = [row * width + i for row, places in enumerate(scored) for i in places]
+    return hidden.flatten(0, 1)[mx.array(rows)]
 
 
 def right_padded(rows: Sequence[Tokens], width: int) -> mx.array:

@@ -8,7 +8,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_dpo.io.arrays import scalar
-from mlx_dpo.losses.metrics import compute_metrics
 from mlx_dpo.optim.grouped_update import GroupedUpdate
 from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.training.plan import TrainingPlan, make_micro_batches
@@ -61,7 +60,7 @@ def train(
                 StepMetrics(
                     step=step,
                     epoch=plan.epoch(step),
-                    preferences=compute_metrics(outputs, labelled=plan.objective.labelled),
+                    preferences=plan.objective.compute_metrics(outputs),
                     grad_norm=scalar(norm),
                     learning_rate=plan.learning_rate(step - 1),
                     num_tokens=num_tokens,
@@ -80,4 +79,5 @@ def _second_process(
 
 
 def _count_tokens(pair: TokenizedPair) -> int:
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    completions = [ids for ids in (pair.chosen, pair.rejected) if ids]
+    return sum(len(pair.prompt) + len(ids) for ids in completions)

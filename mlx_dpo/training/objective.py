@@ -30,6 +30,11 @@ class Objective:
         return self.settings.labelled
 
     @property
+    def supervised(self) -> bool:
+        """Whether an example is one answer without a rejected one (SFT), instead of a pair."""
+        return self.settings.supervised
+
+    @property
     def uses_whole_batch(self) -> bool:
         """Whether the loss of a pair depends on the other pairs of its step."""
         return self.settings.uses_whole_batch
@@ -71,6 +76,10 @@ class Objective:
         chosen, rejected = self.compute_rewards(scored, ratios)
         return LossOutputs(self.compute_losses(scored, ratios), scored, chosen, rejected)
 
+    def compute_metrics(self, outputs: LossOutputs) -> PreferenceMetrics:
+        """Return the metrics of the examples as means; see `losses.metrics.compute_metrics`."""
+        return compute_metrics(outputs, labelled=self.labelled, supervised=self.supervised)
+
     def compute_rewards(self, scored: ScoredPairs, ratios: PairLogps) -> PairLogps:
         """Return the implied rewards of chosen and rejected completions. (B,) each
 
@@ -110,4 +119,4 @@ def evaluate(
     weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)
     scored = ScoredPairs(logps, reference, pair_metadata(pairs), weights)
     outputs = objective.compute_outputs(scored, log_ratios(logps, reference))
-    return compute_metrics(outputs, labelled=objective.labelled)
+    return objective.compute_metrics(outputs)

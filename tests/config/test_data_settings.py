@@ -4,7 +4,7 @@ import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.schemas import SCHEMAS
+from mlx_dpo.schemas import SCHEMA_NAMES
 
 
 @pytest.mark.parametrize(
@@ -19,10 +19,21 @@ from mlx_dpo.schemas import SCHEMAS
         ({"column": ("a=a",)}, "`column` has no effect if both names are the same"),
         ({"system": " "}, "`system` has no effect if it is empty"),
         ({"system": "x", "chat_template": "text"}, "`system` has no effect if it is empty or"),
-        ({"schema": "sharegp"}, f"`schema` must be one of {', '.join(SCHEMAS)}, got"),
+        ({"schema": "sharegp"}, f"`schema` must be one of {', '.join(SCHEMA_NAMES)}, got"),
         ({"schema": "labelled"}, "`schema` labelled needs --loss-type kto, or --pair-labelled"),
         ({"pair_labelled": True, "loss_type": ("kto",)}, "`pair_labelled` cannot go with a `loss_"),
         ({"pair_labelled": True, "weight_column": "w"}, "`pair_labelled` cannot go with `weight_c"),
+        (
+            {"pair_labelled": True, "loss_type": "sft"},
+            "`pair_labelled` cannot go with loss_type",
+        ),
+        ({"schema": "text"}, "`schema` text has rows of one answer, and needs --loss-type sft"),
+        ({"assistant_turns": "last"}, "`assistant_turns` acts on instruction tuning only"),
+        (
+            {"assistant_turns": "all", "loss_type": ("sigmoid", "sft")},
+            "`assistant_turns` acts on instruction tuning only",
+        ),
+        ({"use_weighting": True, "loss_type": "sft"}, "`use_weighting` has no effect with loss_t"),
     ],
 )
 def test_a_setting_without_effect_is_an_error(given, message):

@@ -265,7 +265,7 @@ def test_incompatible_losses_and_settings_are_errors(given, message):
 
 
 def test_compatible_losses_and_settings_are_accepted():
-    DPOConfig(loss_type="sft", use_weighting=True)
+    DPOConfig(loss_type=["sft", "sigmoid"], use_weighting=True)
     DPOConfig(loss_type=["sigmoid", "sft", "cpo"], f_divergence_type="js_divergence")
     DPOConfig(loss_type="nca_pair", f_divergence_type="reverse_kl", ld_alpha=0.0)
     DPOConfig(loss_type="aot", ld_alpha=0.5, label_smoothing=0.0)

@@ -30,6 +30,7 @@ CHANGED = {
     "schema": "alpaca",
     "column": ("prompt=instruction",),
     "ranked": "all",
+    "assistant_turns": "last",
     "system": "Be kind.",
     "margin_column": "lead",
     "weight_column": "trust",
@@ -83,6 +84,7 @@ CHANGED = {
 }
 # At this rate the held-out loss rises from the second evaluation on.
 OVERSHOOTS = {"learning_rate": 0.1, "eval_steps": 1, "valid_fraction": 0.4, "max_steps": 8}
+ROLES = ("user", "assistant", "user", "assistant")
 LABELLED = {"pairs": "labelled.jsonl", "loss_type": ("kto",), "valid_fraction": 0.4}
 OTHER_SETTINGS = {
     "ref_model_mixup_alpha": {"sync_ref_model": True, "ref_model_sync_steps": 1},
@@ -105,6 +107,7 @@ OTHER_SETTINGS = {
     "truncation": {"max_length": 26},
     "split": {"pairs": "splits"},
     "schema": {"pairs": "rows/both.jsonl"},
+    "assistant_turns": {"pairs": "rows/talks.jsonl", "loss_type": ("sft",)},
     "column": {"pairs": "rows/both.jsonl"},
     "ranked": {"pairs": "rows/rated.jsonl"},
     "group_by_prompt": {"pairs": "rows/rated.jsonl", "ranked": "all"},
@@ -177,9 +180,18 @@ def make_rows(folder):
     ]
     for name in ("rows", "splits"):
         (folder / name).mkdir()
+    talks = [
+        {
+            "messages": [
+                {"role": role, "content": text} for role, text in zip(ROLES, row * 2, strict=True)
+            ]
+        }
+        for row in [pair[:2] for pair in texts]
+    ]
     others = [row | {"rejected": "Who knows?"} for row in both]
     files: dict[str, list[dict]] = {
         "rows/both": both,
+        "rows/talks": talks,
         "rows/rated": rated,
         "splits/train": both,
         "splits/train_other": others,

@@ -10,6 +10,7 @@ from mlx_dpo.data.sources import read_rows
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.schemas import SCHEMAS, find_schema
 from mlx_dpo.schemas.schema import RowRules
+from mlx_dpo.schemas.supervised import SUPERVISED_SCHEMAS
 from tests.data.template_families import byte_level
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -61,4 +62,4 @@ def test_naming_the_schema_gives_the_same_tokens(name):
 
 def test_the_settings_offer_every_schema_there_is():
     schema = get_settings()["schema"]
-    assert set(schema.choices) == SCHEMAS.keys()
+    assert set(schema.choices) == SCHEMAS.keys() | SUPERVISED_SCHEMAS.keys()

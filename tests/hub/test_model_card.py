@@ -32,6 +32,7 @@ CONTENT = CardContent(
     losses=("sigmoid",),
     rewarded="log-ratio",
     labelled=False,
+    supervised=False,
     reference="the base",
     adapter="LoRA, rank 8, scale 2",
     steps="10 steps",

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo.data.columns import LABELS, LENGTHS, MARGINS_AND_WEIGHTS, RANKINGS, column
+from mlx_dpo.data.columns import GAPS, LABELS, LENGTHS, MARGINS_AND_WEIGHTS, RANKINGS, column
 from mlx_dpo.types import PairMetadata, TokenizedPair
 
 
@@ -22,7 +22,7 @@ def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
     )
     rankings = column(pairs, RANKINGS)
     places, scores, span = rankings[:, 1:3], rankings[:, 3:5], rankings[:, 5]
-    chosen = mx.array(lengths[:, 1])
+    chosen = mx.array(lengths[:, 1] - column(pairs, GAPS)[:, 1].astype(np.float32))
     return PairMetadata(
         chosen_tokens=chosen,
         rejected_tokens=mx.array(lengths[:, 2]),

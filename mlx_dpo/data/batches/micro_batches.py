@@ -106,7 +106,7 @@ def _largest_without_shared_prefixes(
 
 def _without_shared_prefix(pair: TokenizedPair, *, first: int) -> TokenizedPair:
     """Return the pair with other first tokens of the prompt, by `first`, and of `rejected`."""
-    rejected = (int(pair.chosen[0] == 0), *pair.rejected[1:])
+    rejected = (int(pair.chosen[0] == 0), *pair.rejected[1:]) if pair.rejected else ()
     begin = (first % FEW_TOKENS, first // FEW_TOKENS)[: len(pair.prompt)]
     return replace(pair, prompt=begin + pair.prompt[2:], rejected=rejected)
 
@@ -116,15 +116,11 @@ def _cut(pair: TokenizedPair, tokens: int) -> TokenizedPair:
 
     The prompt keeps at least one token; the last token of a completion is no input.
     """
-    left, chosen, rejected = tokens - 1, len(pair.chosen) - 1, len(pair.rejected) - 1
+    left, chosen, rejected = tokens - 1, len(pair.chosen) - 1, max(0, len(pair.rejected) - 1)
     chosen = min(chosen, max(left // 2, left - rejected))
     rejected = min(rejected, left - chosen)
-    return replace(
-        pair,
-        prompt=pair.prompt[: tokens - chosen - rejected],
-        chosen=pair.chosen[: chosen + 1],
-        rejected=pair.rejected[: rejected + 1],
-    )
+    cut = pair.cut_completions(chosen + 1, rejected + 1)
+    return replace(cut, prompt=pair.prompt[: tokens - chosen - rejected])
 
 
 COUNTED_PAIRS = 2048  # of an epoch's order, if the count needs their tokens

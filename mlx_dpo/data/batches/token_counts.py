@@ -31,15 +31,14 @@ CountTokens = Callable[[Sequence[TokenizedPair]], TokenCount]
 
 
 def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
-    """Count the input tokens of a forward pass with two padded sequences per pair.
+    """Count the input tokens of a forward pass with a padded sequence per completion.
 
     A sequence is a prompt and one completion, without the last token, which predicts nothing.
     This is the layout of the setting `scorer: plain`.
     """
-    total = 2 * len(pairs) * (row_width(pairs, PAD_MULTIPLE) - 1)
-    return TokenCount(
-        total, total - sum(2 * len(p.prompt) + _continuation_tokens(p) for p in pairs)
-    )
+    rows = [len(p.prompt) + len(c) - 1 for p in pairs for c in (p.chosen, p.rejected) if c]
+    total = len(rows) * (row_width(pairs, PAD_MULTIPLE) - 1)
+    return TokenCount(total, total - sum(rows))
 
 
 def packed_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
@@ -97,7 +96,7 @@ def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> T
 
 def _continuation_tokens(pair: TokenizedPair) -> int:
     """Return the number of tokens of both completions, without the last token of each."""
-    return len(pair.chosen) - 1 + len(pair.rejected) - 1
+    return sum(max(0, len(completion) - 1) for completion in (pair.chosen, pair.rejected))
 
 
 def _shared_width(pairs: Sequence[TokenizedPair]) -> int:

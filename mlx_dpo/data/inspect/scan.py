@@ -56,7 +56,8 @@ class SplitScan:
     """Data collected by reading one split: reports, lengths, text digests and findings."""
 
     def __init__(self, settings: ScanSettings, log: FindingLog) -> None:
-        parts = ("prompt", "answer") if settings.rows.judged else ("prompt", "chosen", "rejected")
+        is_single = settings.rows.judged or settings.rows.supervised
+        parts = ("prompt", "answer") if is_single else ("prompt", "chosen", "rejected")
         self.settings, self.log = settings, log
         self.reports: list[PairsReport] = []
         self.digests = ExampleDigests()
@@ -94,7 +95,8 @@ def scan_sources(sources: Sequence[Source], split: SplitScan, progress: Progress
 
 def _new_report(source: str, settings: ScanSettings) -> PairsReport:
     if settings.tokens is None:
-        return PairsReport(source, 0, judged=settings.rows.judged)
+        rows = settings.rows
+        return PairsReport(source, 0, judged=rows.judged, supervised=rows.supervised)
     return new_report(source, settings.tokens, settings.rows)
 
 
@@ -226,8 +228,9 @@ def tokenize_example(
 
 def _count_tokens(tokenized: TokenizedExample) -> list[int]:
     pair = tokenized.pair
-    parts = [pair.prompt, pair.chosen, pair.rejected]
-    return [len(ids) for ids in (parts if pair.desirable is None else parts[:2])]
+    if pair.desirable is None:
+        return [len(ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
+    return [len(pair.prompt) + len(pair.chosen) - pair.num_scored, pair.num_scored]
 
 
 def _texts(example: Example) -> Sequence[Text]:

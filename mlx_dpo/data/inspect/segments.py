@@ -20,7 +20,7 @@ class TokenText(NamedTuple):
 class Segment(NamedTuple):
     """Consecutive tokens of a pair of the same kind: prompt, in the loss, or truncated."""
 
-    name: str  # `prompt`, `chosen`, `rejected`, or `answer` for an unpaired example
+    name: str  # `prompt`, `chosen`, `rejected`; `answer` of one, and `turns` between two answers
     kind: str  # `prompt`: context only; `scored`: in the loss; `cut`: removed by truncation
     tokens: int
     pieces: list[TokenText]
@@ -40,7 +40,11 @@ def segment_pair(tokenizer: Any, full: TokenizedPair, truncated: TokenizedPair) 
     names = ("chosen", "rejected") if truncated.desirable is None else ("answer",)
     for name, completion in zip(names, ("chosen", "rejected"), strict=False):
         ids, scored = getattr(full, completion), getattr(truncated, completion)
-        segments.append((name, SCORED, scored))
+        start = 0
+        for gap, end in truncated.gaps:  # only of `chosen`, in instruction tuning
+            segments += [(name, SCORED, scored[start:gap]), ("turns", PROMPT, scored[gap:end])]
+            start = end
+        segments.append((name, SCORED, scored[start:]))
         if len(ids) > len(scored):
             segments.append((name, CUT, ids[len(scored) :]))
     return [Segment(name, kind, len(ids), _decode(tokenizer, ids)) for name, kind, ids in segments]

@@ -14,8 +14,14 @@ from mlx_dpo.data.chat_templates.dropped_parts import REASONING, find_dropped_pa
 from mlx_dpo.data.chat_templates.limits import UnusableTemplateError
 from mlx_dpo.data.chat_templates.render import TemplateInput, call_template, has_template
 from mlx_dpo.data.chat_templates.tool_calls import fit_tool_calls
+from mlx_dpo.data.tokenization.assistant_turns import (
+    changed_turn_error,
+    find_gaps,
+    has_several_answers,
+)
 from mlx_dpo.data.tokenization.special_tokens import (
     NotPlainTextError,
+    end_of_stop,
     get_special_tokens,
     stop_tokens,
 )
@@ -30,7 +36,7 @@ from mlx_dpo.errors import (
     reason,
 )
 from mlx_dpo.schemas.messages import has_content, to_messages
-from mlx_dpo.types import Message, PreferenceExample
+from mlx_dpo.types import Message, PreferenceExample, Text
 
 Ids = tuple[int, ...]
 
@@ -39,8 +45,9 @@ class TokenizedParts(NamedTuple):
     """Prompt and completions as token ids, before stop tokens are added and before truncation."""
 
     prompt: Ids
-    completions: list[Ids]  # chosen, rejected
+    completions: list[Ids]  # chosen, rejected; one if both are equal
     moved: int  # prompt tokens that merge with a completion and were moved to it
+    gaps: tuple[tuple[int, int], ...] = ()  # ranges of the completion between two scored turns
     unwritten: frozenset[str] = frozenset()  # parts without a trace in the chat template
 
 
@@ -109,7 +116,7 @@ def tokenize_as_chat(
     """Tokenize prompt and completions in the model's chat template.
 
     Strings become one user and one assistant turn. If the prompt ends with an assistant turn, the
-    completions continue that turn.
+    completions continue that turn. Equal completions (an unpaired example) are tokenized once.
 
     Raises:
         PromptBoundaryError: the template changes the prompt once a completion follows it.
@@ -124,15 +131,18 @@ def tokenize_as_chat(
     before = whole._replace(add_generation_prompt=not continues, continue_final_message=continues)
     wholes = [
         whole._replace(messages=_join(prompt, to_messages(completion, "assistant")))
-        for completion in (example.chosen, example.rejected)
+        for completion in _completions(example)
     ]
     try:
         prompt_ids = apply_template(tokenizer, before)
         rows = [apply_template(tokenizer, whole) for whole in wholes]
         for row, whole in zip(rows, wholes, strict=True):
             if row[: len(prompt_ids)] != prompt_ids and not _is_prefix(tokenizer, before, whole):
+                if has_several_answers(whole.messages[len(prompt) :]):
+                    raise changed_turn_error(example.location, len(prompt))
                 remedy = _find_remedy(tokenizer, before, whole)
                 raise _boundary_error(tokenizer, example.location, prompt_ids, row, remedy)
+        gaps = _find_gaps(tokenizer, wholes[0], len(prompt), rows[0], example.location)
         unwritten = _find_unwritten(tokenizer, wholes, len(prompt) - continues, example.location)
     except NotPlainTextError as error:
         raise BadPairError(example.location, SPECIAL_TOKEN, str(error)) from None
@@ -142,7 +152,40 @@ def tokenize_as_chat(
         message = " ".join(str(error).split())[:200]
         advice = "fix its turns, or use another model"
         raise BadPairError(example.location, TEMPLATE_ERROR, message, advice=advice) from None
-    return _split(prompt_ids, rows)._replace(unwritten=unwritten)
+    parts = _split(prompt_ids, rows)
+    start = len(parts.prompt)
+    inside = tuple((first - start, last - start) for first, last in gaps if first < last)
+    return parts._replace(unwritten=unwritten, gaps=inside)
+
+
+def _completions(example: PreferenceExample) -> tuple[Text, ...]:
+    """Return both completions, or one if they are equal."""
+    if example.chosen == example.rejected:
+        return (example.chosen,)
+    return example.chosen, example.rejected
+
+
+def _find_gaps(
+    tokenizer: Any, whole: TemplateInput, first: int, ids: Ids, location: str
+) -> list[tuple[int, int]]:
+    """Return the ranges of `ids`, a conversation, between the assistant's turns from `first` on."""
+    stops, text = stop_tokens(tokenizer), partial(_text, tokenizer)
+
+    def part(count: int, opens: bool) -> TemplateInput:
+        return whole._replace(messages=whole.messages[:count], add_generation_prompt=opens)
+
+    def trim(prefix: Ids) -> Ids:
+        return prefix[: end_of_stop(tokenizer, prefix, stops) or len(prefix)]
+
+    return find_gaps(
+        whole.messages,
+        first,
+        ids,
+        encode=lambda count, opens: apply_template(tokenizer, part(count, opens)),
+        starts_with=lambda count, opens: text(whole).startswith(text(part(count, opens))),
+        trim=trim,
+        location=location,
+    )
 
 
 def _unusable(location: str, error: TemplateError) -> ModelError:
@@ -158,7 +201,7 @@ def _find_unwritten(
         BadPairError: such a part changes what the pair says.
     """
     find, names = partial(find_dropped_parts, tokenizer, partial(_text, tokenizer)), set[str]()
-    for whole, completion in zip(wholes, ("chosen", "rejected"), strict=True):
+    for whole, completion in zip(wholes, ("chosen", "rejected"), strict=False):
         parts = find(whole, first_in_completion)
         if faults := [part for part in parts if part.is_error]:
             found = faults[0].describe(first_in_completion, completion)
@@ -214,7 +257,7 @@ def tokenize_as_text(
             cannot be kept as plain text.
     """
     prompt = str(example.prompt)
-    wholes = [prompt + str(text) for text in (example.chosen, example.rejected)]
+    wholes = [prompt + str(text) for text in _completions(example)]
     try:
         parts = _split(
             _encode(tokenizer, prompt, controls, ends=False),

@@ -1,8 +1,8 @@
 """File format of tokenized pairs: token ids and columns, memory-mapped, with a checksum.
 
-A file has the token ids of all pairs, then each column, then JSON with the offsets of the columns
-and with metadata, then the length of that JSON (8 bytes, little-endian), and at last a SHA-256
-checksum of everything before.
+A file has the token ids of all pairs, each followed by the bounds of its gaps, then each column,
+then JSON with the offsets of the columns and with metadata, then the length of that JSON (8 bytes,
+little-endian), and at last a SHA-256 checksum of everything before.
 """
 
 import json
@@ -27,7 +27,12 @@ Arrays = dict[str, Any]
 
 def pairs_to_arrays(pairs: Sequence[TokenizedPair], locations: RowLocations) -> Arrays:
     """Return token ids, columns and locations of the pairs as the arrays of a pair file."""
-    ids = [i for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected) for i in part]
+    ids = [
+        i
+        for pair in pairs
+        for part in (pair.prompt, pair.chosen, pair.rejected, *pair.gaps)
+        for i in part
+    ]
     codes = [locations.encode(pair.location) for pair in pairs]
     arrays = {name: column(pairs, name) for name in COLUMNS}
     return arrays | {

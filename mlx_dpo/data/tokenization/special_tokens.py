@@ -114,6 +114,15 @@ def stop_tokens(tokenizer: Any) -> set[int]:
     return set(ids) if isinstance(ids, set | list | tuple) else {tokenizer.eos_token_id}
 
 
+def end_of_stop(tokenizer: Any, ids: tuple[int, ...], stops: set[int]) -> int:
+    """Return the index after the last stop token if only white space follows it, otherwise 0.
+
+    Many templates write a newline after the stop token, which generation never reaches.
+    """
+    end = next((i + 1 for i in reversed(range(len(ids))) if ids[i] in stops), 0)
+    return end if end and not tokenizer.decode(list(ids[end:])).strip() else 0
+
+
 def iterate_texts(value: Any) -> Iterator[str]:
     """Return every string in a text or in nested messages, keys included, except for the roles."""
     texts: list[str] = []

@@ -16,6 +16,7 @@ from mlx_dpo.data.tokenization.chat_template import (
 )
 from mlx_dpo.data.tokenization.formatting import FormattedExample, TokenRules, format_example
 from mlx_dpo.data.tokenization.special_tokens import (
+    end_of_stop,
     get_special_tokens,
     iterate_texts,
     stop_tokens,
@@ -80,7 +81,7 @@ def truncate(
     if room < 1:
         details = f"prompt of {len(prompt)} tokens, max_length {max_length}"
         raise BadPairError(pair.location, NO_ROOM, details, advice=advice)
-    cut = replace(pair, prompt=prompt, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
+    cut = replace(pair.cut_completions(room, room), prompt=prompt)
     if cut.chosen == cut.rejected:
         details = f"max_length {max_length}"
         raise BadPairError(pair.location, SAME_AFTER_TRUNCATION, details, advice=advice)
@@ -174,7 +175,7 @@ def tokenize_pair(
         BadPairError: the pair cannot be trained on.
     """
     parts = _tokenize(tokenizer, example, rules)
-    chosen, rejected = parts.completions
+    chosen, rejected = parts.completions[0], parts.completions[-1]
     if chosen == rejected:
         raise BadPairError(example.location, SAME_TOKENS)
     whole = TokenizedPair(parts.prompt, chosen, rejected, example.location)
@@ -200,7 +201,12 @@ def tokenize_unpaired(
     )
     parts = _tokenize(tokenizer, pair, rules)
     whole = TokenizedPair(
-        parts.prompt, parts.completions[0], (), example.location, desirable=example.desirable
+        parts.prompt,
+        parts.completions[0],
+        (),
+        example.location,
+        desirable=example.desirable,
+        gaps=parts.gaps,
     )
     return _truncate(tokenizer, whole, parts, rules, stops_added=parts.stops_added[0])
 
@@ -208,10 +214,11 @@ def tokenize_unpaired(
 class _Parts(NamedTuple):
     formatted: FormattedExample
     prompt: Ids
-    completions: tuple[Ids, ...]  # each with its stop token
+    completions: tuple[Ids, ...]  # each with its stop token; one if both texts are equal
     stops_added: tuple[bool, ...]
     moved: int
     unwritten: frozenset[str]
+    gaps: tuple[tuple[int, int], ...]
 
 
 def _tokenize(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> _Parts:
@@ -230,7 +237,9 @@ def _tokenize(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> 
     _check_ids(tokenizer, (parts.prompt, *completions), example.location, rules.vocab_size)
     if any(len(ids) == 1 and ids[0] in stops for ids in completions):
         raise BadPairError(example.location, EMPTY_COMPLETION, "once tokenized")
-    return _Parts(formatted, parts.prompt, completions, added, parts.moved, parts.unwritten)
+    return _Parts(
+        formatted, parts.prompt, completions, added, parts.moved, parts.unwritten, parts.gaps
+    )
 
 
 def _truncate(
@@ -288,9 +297,7 @@ def _end_with_stop(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Id
 
     White space after an existing stop token is removed.
     """
-    end = next((i + 1 for i in reversed(range(len(completion))) if completion[i] in stops), 0)
-    # Many templates write a newline after the stop token, which generation never reaches.
-    if end and not tokenizer.decode(list(completion[end:])).strip():
+    if end := end_of_stop(tokenizer, completion, stops):
         return completion[:end], False
     return (*completion, tokenizer.eos_token_id), True
 

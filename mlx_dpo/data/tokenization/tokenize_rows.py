@@ -75,7 +75,13 @@ def tokenize_example(
 def new_report(source: str, rules: TokenRules, rows: RowRules) -> PairsReport:
     """Return an empty report on the data source named `source`."""
     is_text = rules.chat_template == "text"
-    return PairsReport(source, rules.max_length, judged=rows.judged, specials_act=is_text)
+    return PairsReport(
+        source,
+        rules.max_length,
+        judged=rows.judged,
+        supervised=rows.supervised,
+        specials_act=is_text,
+    )
 
 
 def check_any_pair(report: PairsReport) -> None:

@@ -11,7 +11,6 @@ ALPACA_FIELDS = frozenset(
 
 
 def _parse_alpaca(row: Row, rules: RowRules) -> list[PairOrError]:
-    texts = [_parse_optional_text(row, name) for name in ("instruction", "input")]
     output = row.record.get("output")
     if "chosen" not in row.record and isinstance(output, list):
         if len(output) != 2:
@@ -19,9 +18,17 @@ def _parse_alpaca(row: Row, rules: RowRules) -> list[PairOrError]:
         chosen, rejected = (parse_text(text, "output", row.location) for text in output)
     else:
         chosen, rejected = _parse_completions(row)
+    return make_pair(row, parse_instruction(row), chosen, rejected)
+
+
+def parse_instruction(row: Row) -> Text:
+    """Return the prompt of an Alpaca row: `system`, `history`, and `instruction` with `input`.
+
+    It is text if there is neither a system message nor a history.
+    """
+    texts = [_parse_optional_text(row, name) for name in ("instruction", "input")]
     question = "\n".join(text for text in texts if text)
-    prompt = _make_prompt(question, [*_system_message(row), *_parse_history(row)])
-    return make_pair(row, prompt, chosen, rejected)
+    return _make_prompt(question, [*_system_message(row), *_parse_history(row)])
 
 
 def _parse_orca(row: Row, rules: RowRules) -> list[PairOrError]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_dpo.scoring.kernels.attention import QueryChunk
 from mlx_dpo.scoring.packing.packed_sequence import HeadRows, PackedSequence, additive_mask
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.types import TokenizedPair, scored_completions
 
 
 class PairSpan(NamedTuple):
@@ -49,13 +49,15 @@ class SharedPromptSequence(PackedSequence):
 
         The first token of each completion is predicted by the last token of the prompt.
         """
-        chosen, rejected = [], []
-        for span in self.spans:
+        chosen, rejected = list[int](), list[int]()
+        for span, pair in zip(self.spans, self.pairs, strict=True):
             last, first = span.start + span.prompt - 1, span.start + span.prompt
-            chosen += [last, *range(first, first + span.chosen)]
-            rejected += [last, *range(first + span.chosen, span.end)]
-        completions = [pair.chosen for pair in self.pairs] + [pair.rejected for pair in self.pairs]
-        return HeadRows(mx.array(chosen + rejected), mx.array(list(chain(*completions))), None)
+            predicting = (last, *range(first, first + span.chosen))
+            chosen += [predicting[i] for i in pair.scored] if pair.gaps else predicting
+            if pair.rejected:
+                rejected += [last, *range(first + span.chosen, span.end)]
+        targets = list(chain(*scored_completions(self.pairs)))
+        return HeadRows(mx.array(chosen + rejected), mx.array(targets), None)
 
     def make_chunks(self, size: int, dtype: mx.Dtype, window: int | None) -> Iterator[QueryChunk]:
         """Yield chunks of up to `size` queries with their masks; no chunk spans two pairs."""

@@ -17,7 +17,7 @@ from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.kernels.attention import QueryChunk
 from mlx_dpo.scoring.packing.gpu_chunks import plan_gpu_chunks
 from mlx_dpo.scoring.packing.packed_sequence import HeadRows, PackedSequence, additive_mask
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.types import TokenizedPair, scored_completions
 
 # Keys between two ranges of keys that the CPU computes and hides instead of cutting them out.
 MAX_HIDDEN_KEYS = 32
@@ -36,12 +36,16 @@ class TrieSequence(PackedSequence):
 
     def head_rows(self) -> HeadRows:
         """Return each token that predicts with each target once, and where it is used."""
-        completions = [pair.chosen for pair in self.pairs] + [pair.rejected for pair in self.pairs]
+        lengths = [len(p.chosen) for p in self.pairs] + [len(p.rejected) for p in self.pairs]
         places = [
-            path[len(path) - len(completion) :]
-            for path, completion in zip(self.trie.paths, completions, strict=True)
+            path[len(path) - length :]
+            for path, length in zip(self.trie.paths, lengths, strict=True)
         ]
-        keys = np.concatenate(places) << 32 | np.array(list(chain(*completions)))
+        for number, pair in enumerate(self.pairs):
+            if pair.gaps:
+                places[number] = places[number][pair.scored]
+        targets = np.array(list(chain(*scored_completions(self.pairs))))
+        keys = np.concatenate(places) << 32 | targets
         distinct, rows = np.unique(keys, return_inverse=True)
         return HeadRows(
             mx.array((distinct >> 32).astype(np.int32)),

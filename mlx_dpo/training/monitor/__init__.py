@@ -52,11 +52,7 @@ class Monitor:
         if fault is None or DEGENERATE in self._done:
             return []
         self._done.add(DEGENERATE)
-        facts = self._facts
-        return [
-            f"step {int(row['step'])}: {fault}; use a smaller learning_rate than "
-            f"{facts.learning_rate:g}, a larger beta than {facts.beta:g}, or fewer steps"
-        ]
+        return [f"step {int(row['step'])}: {fault}; use {self._facts.gentler}"]
 
     def judge(self, evaluation: Row | None) -> Verdict | None:
         """Return the verdict on the trained policy; None if nothing is wrong.

@@ -55,14 +55,19 @@ def diverged(facts: MonitoredRun, first: Row, rows: Sequence[Row]) -> str | None
         lost = f", chosen completions {nats:.1f} nats per token less likely than before"
     return (
         f"{span(recent)}: the run has diverged (loss {last['loss']:.2f}, {first['loss']:.2f} at "
-        f"step {int(first['step'])}; accuracy {last['rewards/accuracies']:.0%}{lost}): stop it "
+        f"step {int(first['step'])}{_accuracy(last)}{lost}): stop it "
         f"and use a smaller learning_rate than {facts.learning_rate:g}"
     )
 
 
+def _accuracy(row: Row) -> str:
+    accuracy = row.get("rewards/accuracies")
+    return "" if accuracy is None else f"; accuracy {accuracy:.0%}"
+
+
 def _is_diverged(facts: MonitoredRun, first: Row, row: Row) -> bool:
     margin, chosen = row.get("rewards/margins"), row.get("rewards/chosen")
-    fails = row["rewards/accuracies"] < 0.5 and (margin is None or margin < 0)
+    fails = row.get("rewards/accuracies", 0.0) < 0.5 and (margin is None or margin < 0)
     start = first["loss"]
     if fails and row["loss"] > start + max(1.0, abs(start)):
         return True

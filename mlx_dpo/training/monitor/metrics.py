@@ -24,6 +24,13 @@ class MonitoredRun:
     chosen_longer: float = 0.5  # share of pairs whose chosen completion is longer, ties half
     referenced: bool = True  # whether rewards are beta times log-ratios to the initial policy
     from_start: bool = True  # whether rewards were zero, or equal, before the first step
+    supervised: bool = False  # whether the run is instruction tuning, which has no rewards
+
+    @property
+    def gentler(self) -> str:
+        """What to change so that training changes the policy less."""
+        beta = "" if self.supervised else f", a larger beta than {self.beta:g}"
+        return f"a smaller learning_rate than {self.learning_rate:g}{beta}, or fewer steps"
 
     @property
     def window(self) -> int:

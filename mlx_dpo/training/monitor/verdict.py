@@ -73,12 +73,23 @@ def describe_result(
     metrics = {name.removeprefix(EVAL_PREFIX): value for name, value in evaluation.items()}
     margin, accuracy = metrics.get("rewards/margins"), metrics.get("rewards/accuracies")
     if margin is None or accuracy is None:
-        return f"the loss on {pairs} is {metrics['loss']:.4f}"
+        return f"the loss on {pairs} is {_describe_loss(metrics, before or {})}"
     prefers = "prefers" if margin > 0 and accuracy > 0.5 else "does not prefer"
     return (
         f"the policy {prefers} the chosen completions: {accuracy:.1%} of {pairs} are ranked "
         f"correctly, with a margin of {margin:+.2f}{_describe_start(before or {})}"
     )
+
+
+def _describe_loss(metrics: Row, before: Row) -> str:
+    """Return the loss and the token accuracy, if there is one, with those before training."""
+    text, start = f"{metrics['loss']:.4f}", before.get(f"{EVAL_PREFIX}loss")
+    text += "" if start is None else f" ({start:.4f} before training)"
+    if (accuracy := metrics.get("mean_token_accuracy")) is None:
+        return text
+    start = before.get(f"{EVAL_PREFIX}mean_token_accuracy")
+    text += f", and the policy ranks {accuracy:.1%} of their tokens first"
+    return text + ("" if start is None else f" ({start:.1%} before training)")
 
 
 def _describe_start(before: Row) -> str:
@@ -117,8 +128,7 @@ def _judge_answers(facts: MonitoredRun, metrics: Row) -> Verdict | None:
     return Verdict(
         DEGENERATE,
         f"the policy is worse than the base model, whatever its accuracy: {fault}; train again "
-        f"with a smaller learning_rate than {facts.learning_rate:g}, a larger beta than "
-        f"{facts.beta:g}, or fewer steps",
+        f"with {facts.gentler}",
     )
 
 

@@ -11,6 +11,8 @@ from mlx_dpo.training.monitor.samples import CLIPPED, KL, LENGTH, REPETITION
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 PAIRS = {  # metrics of preference pairs, by public name
     "loss": "Training loss. Before the first update the DPO loss is log 2 = 0.6931.",
+    "mean_token_accuracy": "Instruction tuning only: share of the scored tokens that the policy "
+    "ranks first. Such runs have no rewards.",
     "rewards/accuracies": "Share of pairs whose margin is above 0; chance is 0.5. "
     "Rounding noise while the margin is near 0.",
     "rewards/margins": "Reward of chosen minus reward of rejected, in nats.",
@@ -18,7 +20,8 @@ PAIRS = {  # metrics of preference pairs, by public name
     "that of its worst, in nats. Accuracy and margin are means over all pairs of the lists.",
     "rewards/chosen": "β × (log π − log π_ref) of the chosen completion, in nats.",
     "rewards/rejected": "The same for the rejected completion.",
-    "logps/chosen": "Log-probability of the whole chosen completion under the policy, in nats.",
+    "logps/chosen": "Log-probability of the whole chosen completion (in instruction tuning, of all "
+    "scored tokens of a row) under the policy, in nats.",
     "logps/rejected": "The same for the rejected completion.",
     "lengths/chosen": "Scored tokens of the chosen completion, its stop token included.",
     "lengths/rejected": "The same for the rejected completion.",
