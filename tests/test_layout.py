@@ -96,7 +96,7 @@ def test_every_library_that_is_imported_is_declared():
     declared = {Requirement(line).name.lower() for line in PROJECT["project"]["dependencies"]}
     modules = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
     names = {modules.get(name, name.replace("-", "_")) for name in declared} | {"mlx_dpo"}
-    optional = {tracker.library for tracker in TRACKERS.values()}
+    optional = {tracker.library for tracker in TRACKERS.values()} | {"lm_eval"}
     assert imported - sys.stdlib_module_names == names | optional
 
 
@@ -123,9 +123,10 @@ sys.exit(", ".join({"mlx_lm", "transformers", "huggingface_hub"} & sys.modules.k
 
 def test_every_backend_has_its_extra_and_they_exclude_each_other():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert extras.keys() == {"cpu", "cuda12", "cuda13", "dev"} | TRACKERS.keys()
+    backends = {"cpu", "cuda12", "cuda13"}
+    assert extras.keys() == backends | {"dev", "tasks"} | TRACKERS.keys()
     [conflict] = PROJECT["tool"]["uv"]["conflicts"]
-    assert {entry["extra"] for entry in conflict} == extras.keys() - {"dev"} - TRACKERS.keys()
+    assert {entry["extra"] for entry in conflict} == backends
 
 
 @pytest.mark.parametrize("name", TRACKERS)

@@ -7,6 +7,7 @@ import click
 
 from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.drift_flags import drift_flags, prepare_drift_of
+from mlx_dpo.cli.measurement_flags import measurement_flags, prepare_measurements
 from mlx_dpo.cli.metric_bars import bar_flags, check_bars, parse_bars
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.errors import ConfigError, RunError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         "mlx-dpo eval run                          on its held-out pairs",
         "mlx-dpo eval run new.jsonl                on other pairs",
         "mlx-dpo eval run --perplexity book.txt    on a text, before and after",
+        "mlx-dpo eval run --tasks arc_easy,piqa    on benchmarks of lm-eval",
         "mlx-dpo eval run --drift                  what else training changed",
     ),
 )
@@ -36,24 +38,7 @@ if TYPE_CHECKING:
     help="What to do with pairs of PAIRS that cannot be scored.",
     show_default="as in the run",
 )
-@click.option(
-    "--perplexity",
-    type=FILE,
-    metavar="FILE",
-    help="Perplexity of a text file, or of rows with `text`, before and after training.",
-)
-@click.option(
-    "--window",
-    type=click.IntRange(min=2),
-    help="Tokens of a window of --perplexity.",
-    show_default="the model's context, at most 2048",
-)
-@click.option(
-    "--stride",
-    type=click.IntRange(min=1),
-    help="Tokens by which windows of --perplexity move.",
-    show_default="half a window",
-)
+@measurement_flags
 @drift_flags
 @bar_flags
 @click.option("--no-save", is_flag=True, help="Do not store the results in RUN/evaluations.")
@@ -101,20 +86,8 @@ def eval(
 
 
 def _prepare(flags: dict[str, Any], pairs: str | None, bad_pairs: str | None) -> "list[Measure]":
-    """Return the measurements that the flags ask for; files are read, and no model is loaded.
-
-    Raises:
-        ConfigError: a flag has no effect.
-    """
-    for name in ("window", "stride"):
-        if flags[name] is not None and flags["perplexity"] is None:
-            raise ConfigError(f"`--{name}` has no effect without --perplexity")
-    measures: list[Measure] = []
-    if flags["perplexity"] is not None:
-        from mlx_dpo.evaluation.measurements.perplexity import Windows, prepare_perplexity
-
-        windows = Windows(flags["window"], flags["stride"])
-        measures.append(prepare_perplexity(flags["perplexity"], windows))
+    """Return the measurements that the flags ask for; files are read, and no model is loaded."""
+    measures = prepare_measurements(flags)
     if (drift := prepare_drift_of(flags, pairs, bad_pairs)) is not None:
         measures.append(drift)
     return measures

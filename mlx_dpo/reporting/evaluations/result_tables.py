@@ -31,7 +31,45 @@ def _change(before: float, after: float) -> str:
     return f"{after / before - 1:+.2%}"
 
 
-TABLES: dict[str, TableMaker] = {"drift": drift_tables, "perplexity": perplexity_tables}
+def task_tables(subject: str, results: Results) -> list[ResultTable]:
+    """Return the table of benchmark metrics before and after training, with standard errors."""
+    rows = [
+        (
+            f"{task} {metric}",
+            _with_error(results["base"].get(task, {}), metric),
+            _with_error(metrics, metric),
+            _difference(results["difference"].get(task, {}).get(metric)),
+        )
+        for task, metrics in results["aligned"].items()
+        for metric in metrics
+        if "_stderr" not in metric
+    ]
+    return [ResultTable(f"Benchmarks: {subject}", ("base", "aligned", "difference"), rows)]
+
+
+def _with_error(metrics: Results, metric: str) -> str:
+    """Return a metric with its standard error, such as `0.4500 ± 0.0157`."""
+    if metric not in metrics:
+        return "-"
+    name, comma, kind = metric.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{kind}")
+    return f"{metrics[metric]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _difference(found: Results | None) -> str:
+    """Return a paired difference with its interval, such as `+0.020 (-0.010 to +0.050)`."""
+    if found is None:
+        return "-"
+    interval = found["interval_95"]
+    shown = "" if interval is None else " ({:+.3f} to {:+.3f})".format(*interval)
+    return f"{found['mean']:+.3f}{shown}"
+
+
+TABLES: dict[str, TableMaker] = {
+    "drift": drift_tables,
+    "perplexity": perplexity_tables,
+    "tasks": task_tables,
+}
 
 
 def make_tables(measurement: str, subject: str, results: Results) -> list[ResultTable]:
