@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlx_dpo import DPOConfig, DPOTrainer, fuse_run
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.export.fuse import FuseOptions
+from mlx_dpo.export.options import FuseOptions
 from mlx_dpo.generation.batch import generate_tokens
 from mlx_dpo.models.load import load_model
 from mlx_dpo.paths import tiny_chat
