@@ -1,5 +1,7 @@
 """`mlx-dpo winrate`: compute the win rate of a run against its reference or another model."""
 
+from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,11 +17,14 @@ from mlx_dpo.cli.sampling_flags import (
     print_counts,
     sampling_flags,
 )
+from mlx_dpo.cli.winrate_person import PersonFlags, judge_by_person, person_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlx_dpo.evaluation.winrate import PairwiseComparison
+    from mlx_dpo.config.sampling import Sampling
+    from mlx_dpo.evaluation.winrate import AnswersOfBoth, PairwiseComparison
+    from mlx_dpo.openai_api.connection import Connection
 
 
 @click.command(
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     examples=(
         "mlx-dpo winrate run --reward rewards.py:courtesy",
         "mlx-dpo winrate run prompts.txt --judge mlx-community/Qwen3-8B-4bit",
+        "mlx-dpo winrate run prompts.txt --person --decisions votes.jsonl --rater ann",
     ),
     aliases={"--prompts": ""},
 )
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     show_default="the reference of RUN",
 )
 @judge_flags
+@person_flags
 @connection_flags
 @sampling_flags(
     temperature=0.7, seed=DEFAULT_SEED, remarks={"temperature": "The default is that of `chat`."}
@@ -62,9 +69,19 @@ def winrate(
     The 95 % interval is Wilson's; a tie is half a win. The length-controlled rate is the win rate
     at equal length by a logistic regression, as in AlpacaEval 2 (arXiv:2404.04475). A judge model
     is prompted with both orders of the two answers; if its verdicts disagree, the answers tie.
+
+    With --person, you judge the answers in random order, at the terminal or with --web in a
+    browser. Every decision is saved at once, and the same command resumes. With several --rater,
+    the table also has their agreement.
     """
+    flags = PersonFlags(**{field.name: settings.pop(field.name) for field in fields(PersonFlags)})
+    flags.check({"reward": reward, "judge": judge, "rubric": rubric}, prompts)
     connection = make_connection(settings, judge, against)
     [sampling] = make_samplings(settings)
+    if flags.person:
+        answer = partial(_answer_with_both, run, sampling, prompts, against, connection)
+        judge_by_person(flags, run, against, prompts, sampling, answer, as_json=as_json)
+        return
 
     from mlx_dpo.evaluation.judge import open_judge
     from mlx_dpo.evaluation.winrate import compare_policies
@@ -88,6 +105,23 @@ def winrate(
         echo_json(settings | comparison.to_dict())
         return
     make_console().print(_table(comparison, against or "its reference"))
+
+
+def _answer_with_both(
+    run: str,
+    sampling: "Sampling",
+    prompts: str | None,
+    against: str | None,
+    connection: "Connection",
+) -> "AnswersOfBoth":
+    """Generate the answers that a person judges, and print the notes of loading the models."""
+    from mlx_dpo.evaluation.winrate import answer_with_both
+
+    both = answer_with_both(run, sampling, prompts=prompts, against=against, connection=connection)
+    for note in both.notes:
+        echo(note, err=True)
+    print_counts(connection)
+    return both
 
 
 def _table(comparison: "PairwiseComparison", against: str) -> "Table":

@@ -55,6 +55,10 @@ class TaskSampler:
     the middle of a chunk samples the same answers again.
     """
 
+    has_stored_answers = False  # whether none have to be sampled
+    can_edit = True  # whether a person may write a better answer
+    rater: str | None = None  # name of the person, to be stored with the decisions
+
     def __init__(
         self,
         prompts: Sequence[Prompt],
@@ -119,6 +123,7 @@ class RankingSession:
         self._ready: deque[RankingTask] = deque()
         self._decided: list[RankingTask] = []
         self.decision_count = 0  # including those undone later
+        self._provenance = {"by": PERSON} | ({"rater": tasks.rater} if tasks.rater else {})
 
     def sample_chunk(self) -> bool:
         """Sample answers to the next chunk of prompts; return False if no chunk is left."""
@@ -154,27 +159,30 @@ class RankingSession:
         task = self._get_task()
         if best == worst:
             raise ConfigError("an answer cannot be better than itself; choose another one")
-        self._write(make_pair(task, best, worst, {"by": PERSON}))
+        self._write(make_pair(task, best, worst, self._provenance))
 
     def edit(self, rejected: int, text: str) -> None:
         """Store a pair from the current task: the person's `text` is chosen over answer `rejected`.
 
         Raises:
-            ConfigError, DataError: the text is empty, equals the answer, or cannot be stored.
+            ConfigError, DataError: the text is empty, equals the answer, or cannot be stored, or
+                answers may not be edited here.
         """
+        if not self.tasks.can_edit:
+            raise ConfigError("answers cannot be edited here; choose the better one")
         task, text = self._get_task(), text.strip()
         answer = task.answers[rejected]
         if not text or text == answer.text.strip():
             raise ConfigError("the edited answer is empty or unchanged; no pair is written")
         check_readable(text, "the edited answer", "edit")
-        provenance = {"by": PERSON, "edited": True, "rejected_from": answer.provenance()}
+        provenance = self._provenance | {"edited": True, "rejected_from": answer.provenance()}
         self._write(Decision(task.prompt, provenance, chosen=text, rejected=answer.text))
 
     def skip(self, why: str) -> None:
         """Skip the current task: store `why` (`TIE` or `SKIPPED`) instead of a pair."""
         task = self._get_task()
         texts = tuple(answer.text for answer in task.answers)
-        self._write(Decision(task.prompt, {"by": PERSON}, skip_reason=why, answers=texts))
+        self._write(Decision(task.prompt, self._provenance, skip_reason=why, answers=texts))
 
     def undo(self) -> bool:
         """Remove the session's last decision and return to its task; return False if there is none.

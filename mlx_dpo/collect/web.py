@@ -178,6 +178,7 @@ def page_state(
         "left": session.tasks.remaining,
         "decided": len(session.pairs_file.decisions),
         "can_undo": session.can_undo,
+        "can_edit": session.tasks.can_edit,
         "message": message,
         "over": over,
     }

@@ -46,7 +46,8 @@ def rank_at_terminal(tasks: TaskSampler, *, read_prompt: ReadPrompt | None) -> N
 
 
 def _next_task(session: RankingSession) -> RankingTask | None:
-    if not session.ready_count and session.tasks.remaining:
+    tasks = session.tasks
+    if not tasks.has_stored_answers and not session.ready_count and tasks.remaining:
         _print("Sampling answers …")
     return session.current_task
 
@@ -64,13 +65,14 @@ def _next_typed_task(session: RankingSession, read_prompt: ReadPrompt | None) ->
 
 def _take_decision(session: RankingSession, task: RankingTask) -> bool:
     """Read a decision on the ranking task and store the decision; return False to quit."""
-    key, rest = _read_key(_key_prompt(task))
+    can_edit = session.tasks.can_edit
+    key, rest = _read_key(_key_prompt(task, can_edit=can_edit))
     indices = {str(index + 1): index for index in range(len(task.answers))}
     if key in indices:
         worst = _read_worst(indices, indices[key], rest)
         if worst is not None:
             session.prefer(indices[key], worst)
-    elif key == "e":
+    elif key == "e" and can_edit:
         _edit_answer(session, task, indices, rest)
     elif key in ("t", "s"):
         session.skip(TIE if key == "t" else SKIPPED)
@@ -115,9 +117,9 @@ def _edit_answer(
     session.edit(rejected, text.removesuffix("\n"))
 
 
-def _key_prompt(task: RankingTask) -> str:
+def _key_prompt(task: RankingTask, *, can_edit: bool) -> str:
     numbers = " or ".join(str(index + 1) for index in range(len(task.answers)))
-    return f"better answer: {numbers} · e edit · t tie · s skip · u undo · q quit: "
+    return f"better answer: {numbers}{' · e edit' * can_edit} · t tie · s skip · u undo · q quit: "
 
 
 def _read_key(prompt: str) -> tuple[str, str]:
