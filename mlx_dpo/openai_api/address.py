@@ -60,7 +60,8 @@ def parse_address(spec: str) -> Address:
             f"{_shown(spec)}: an address with a user name, a password or a query would be stored "
             "with the answers; leave them out, and give a key by --api-key-env"
         )
-    if not url.host or not 0 < (url.port or 1) <= MAX_PORT:
+    port = 1 if url.port is None else url.port
+    if not url.host or not 0 < port <= MAX_PORT:
         raise ConfigError(f"{_shown(spec)}: not an address; use {EXAMPLE}")
     return Address(str(url).rstrip("/"), url.host, model or None)
 

@@ -6,6 +6,7 @@ Redirects are not followed, so that neither text nor a key reaches a host that n
 import asyncio
 import json
 import random
+import ssl
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -106,6 +107,9 @@ class ApiClient:
             timeout=httpx2.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds)),
             limits=httpx2.Limits(max_connections=self._connection.max_concurrency),
             follow_redirects=False,
+            # Plain http needs no certificates, and loading them takes time for each client. Without
+            # any, no encrypted connection would be trusted.
+            verify=True if self.address.is_encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             # A proxy of the environment would get what is meant for this machine or network.
             trust_env=self.address.is_encrypted and not self.address.is_loopback,
         )

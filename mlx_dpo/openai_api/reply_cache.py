@@ -1,4 +1,4 @@
-"""Cache of replies in the user's cache folder: what a server has answered is not asked again.
+"""Cache of replies in the user's cache folder: a server is not asked for the same reply twice.
 
 There is one file for each model at an address. A line of it is a reply under the digest of its
 request, written and flushed when the reply arrives. A command that is interrupted, or whose
@@ -25,8 +25,8 @@ from mlx_dpo.openai_api.reply import Reply
 
 VERSION = 1  # of the lines
 SUFFIX = ".replies"
-LOCK_RISK = "replies of two programs can be mixed up there, and are then asked again"
-IS_REPEATED = "its requests are repeated"
+LOCK_RISK = "replies of two programs can be mixed up there, and are then requested again"
+CONSEQUENCE = "those replies are requested again"
 
 
 def request_key(model: Mapping[str, Any], body: Mapping[str, Any]) -> str:
@@ -63,7 +63,7 @@ class ReplyCache:
         return self._replies.get(key)
 
     def add(self, key: str, reply: Reply) -> None:
-        """Store a reply durably. If that is not possible, say so once and continue."""
+        """Store a reply durably. If that is not possible, say so once and go on without."""
         self._replies[key] = reply
         if self._path is None:
             return
@@ -80,7 +80,7 @@ class ReplyCache:
         except OSError as error:
             notify_once(
                 f"{self._path.parent}: replies of servers cannot be stored ({reason(error)}); "
-                "if this command is interrupted, they are asked again"
+                "if this command is interrupted, they are requested again"
             )
             self._path = None
 
@@ -127,9 +127,9 @@ def _read_replies(path: Path) -> dict[str, Reply]:
                     replies[str(row["key"])] = reply
         os.utime(path)
     except (OSError, DPOError) as error:
-        notify_once(f"{path}: cannot be read ({reason(error)}); {IS_REPEATED}")
+        notify_once(f"{path}: cannot be read ({reason(error)}); {CONSEQUENCE}")
     if damaged:
-        notify_once(f"{path}: {damaged:,} damaged lines are left out; {IS_REPEATED}")
+        notify_once(f"{path}: {damaged:,} damaged lines are left out; {CONSEQUENCE}")
     return replies
 
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,6 +19,7 @@ def echo(body):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 20  # head and body in one packet; else the kernel waits 40 ms for the second
     server: "FakeServer"
 
     def do_GET(self):
@@ -41,19 +43,28 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.at_once -= 1
 
     def send(self, answer):
-        """Send an object as JSON, bytes as they are, or (status, headers, content)."""
+        """Send an object as JSON, bytes as they are, or (status, headers, content).
+
+        Content that is an iterator is sent in parts, and never ends as far as the client knows.
+        """
         if answer is None:  # the server dies: the connection ends without a reply
             self.close_connection = True
             return
         status, headers, content = answer if isinstance(answer, tuple) else (200, {}, answer)
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if isinstance(content, Iterator):
+            size, parts = 1 << 30, content
+        else:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            size, parts = len(data), [data]
         try:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(size))
             self.end_headers()
-            self.wfile.write(data)
+            for part in parts:
+                self.wfile.write(part)
+                self.wfile.flush()
         except ConnectionError:
             self.close_connection = True  # the client has given up
 
