@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.command import FILE, missing_message
 from mlx_dpo.cli.output import echo
-from mlx_dpo.cli.sampling_flags import connection_flags, judge_flags, print_counts
+from mlx_dpo.cli.sampling_flags import connection_flags, judge_flags, print_counts_at_end
 from mlx_dpo.cli.setting_flags import (
     SettingsCommand,
     config_flag,
@@ -107,6 +107,7 @@ def loop(
     resume_command = f"{program()} loop --resume --output {shlex.quote(str(config.output))}"
     try:
         with IterativeDPO(config, settings, resume=resume) as trainer:
+            print_counts_at_end(trainer.connection)
             printed = _print_notes(trainer, 0)
             for stage in trainer.stages():
                 echo(f"\n{_stage_title(stage)}", bold=True)
@@ -118,7 +119,6 @@ def loop(
     last = trainer.paths.round(trainer.last_round)
     rounds = [trainer.read_evaluation(number) for number in range(trainer.last_round + 1)]
     _print_results(rounds, str(trainer.judge.name))
-    print_counts(trainer.connection)
     if trainer.last_round < settings.rounds:
         echo(
             f"Stopped after round {trainer.last_round}: its answers have collapsed; to continue: "

@@ -78,6 +78,8 @@ def connection_flags(command: Command) -> Command:
 def make_connection(settings: dict[str, Any], *specs: str | None) -> "Connection":
     """Take the flags of connections out of `settings`, and return the connection settings.
 
+    At the end of the command, the counts of requests and replies are printed.
+
     Args:
         settings: the flags of the command.
         specs: what the command opens: addresses, models, runs, or None.
@@ -88,13 +90,19 @@ def make_connection(settings: dict[str, Any], *specs: str | None) -> "Connection
     from mlx_dpo.openai_api.connection import Connection, bind_connection
 
     given = {name: settings.pop(name) for name in CONNECTION_FLAGS}
-    return bind_connection(Connection(**given), specs)
+    connection = bind_connection(Connection(**given), specs)
+    print_counts_at_end(connection)
+    return connection
 
 
-def print_counts(connection: "Connection") -> None:
-    """Print what was sent to addresses and what came back, if any was used."""
-    if (line := connection.counts.describe()) is not None:
-        echo(line, err=True)
+def print_counts_at_end(connection: "Connection") -> None:
+    """Print what was sent to addresses and what came back when the command ends."""
+
+    def print_counts() -> None:
+        if (line := connection.counts.describe()) is not None:
+            echo(line, err=True)
+
+    click.get_current_context().call_on_close(print_counts)
 
 
 def sampling_flags(

@@ -14,7 +14,6 @@ from mlx_dpo.cli.sampling_flags import (
     judge_flags,
     make_connection,
     make_samplings,
-    print_counts,
     sampling_flags,
 )
 from mlx_dpo.cli.winrate_person import PersonFlags, judge_by_person, person_flags
@@ -93,7 +92,6 @@ def winrate(
     )
     for note in comparison.notes:
         echo(note, err=True)
-    print_counts(connection)
     if (score := comparison.common_reward) is not None:
         echo(
             f"Warning: the reward gave every answer the same score ({score}), so the win rate says "
@@ -120,7 +118,6 @@ def _answer_with_both(
     both = answer_with_both(run, sampling, prompts=prompts, against=against, connection=connection)
     for note in both.notes:
         echo(note, err=True)
-    print_counts(connection)
     return both
 
 

@@ -63,7 +63,7 @@ class ReplyCache:
         return self._replies.get(key)
 
     def add(self, key: str, reply: Reply) -> None:
-        """Store a reply durably. If that is not possible, say so once and go on without."""
+        """Store a reply durably. If that is not possible, say so once and continue."""
         self._replies[key] = reply
         if self._path is None:
             return

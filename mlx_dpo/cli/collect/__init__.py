@@ -29,7 +29,6 @@ from mlx_dpo.cli.sampling_flags import (
     judge_flags,
     make_connection,
     make_samplings,
-    print_counts,
     sampling_flags,
 )
 from mlx_dpo.errors import ConfigError
@@ -128,12 +127,12 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     """Sample answers of RUNs or of a model and write preference pairs to train on.
 
     A person ranks the answers without seeing which model wrote them, or a reward function or a
-    judge model ranks them. With --principles or --system-chosen, the better answer is known from
-    how it was made, and a judge may confirm it. Every decision is saved at once; the same command
-    resumes where it stopped. Prompts without a pair (ties, skipped prompts) go to a second file
-    that ends in `.passed.jsonl`.
+    judge model ranks them. With --principles, --system-chosen or --answers-from, the better answer
+    is known from how it was made, and a judge may confirm it. Every decision is saved at once; the
+    same command resumes where it stopped. Prompts without a pair (ties, skipped prompts) go to a
+    second file that ends in `.passed.jsonl`.
     """
-    connection = make_connection(settings, judge, settings["critic"])
+    connection = make_connection(settings, judge, settings["critic"], settings["answers_from"])
     given = {name: settings.pop(name) for name in ORDERED_FLAGS}
     judging = JudgeFlags(reward, judge, rubric, connection)
     flags = OrderedFlags(**given, judging=judging)
@@ -163,7 +162,6 @@ def collect(  # noqa: PLR0913 (one argument per flag)
         read_prompt = partial(_read_typed_prompt, system) if prompts is None else None
         _ask_person(tasks, web=web, port=port, no_open=no_open, read_prompt=read_prompt)
     print_summary(pairs_file)
-    print_counts(connection)
 
 
 def _read_prompts(prompts: str | None) -> "list[Prompt]":

@@ -1,4 +1,4 @@
-"""`mlx-dpo collect` by principles or by system prompts, which say which answer is better."""
+"""`mlx-dpo collect` by principles, system prompts or a teacher, which say what is better."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from mlx_dpo.cli.collect.results import (
 )
 from mlx_dpo.cli.command import FILE, FOLDER
 from mlx_dpo.cli.output import echo
-from mlx_dpo.cli.sampling_flags import print_counts
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
     from mlx_dpo.openai_api.connection import Connection
 
 Command = Callable[..., Any]
-ORDERED_FLAGS = ("principles", "revisions", "critic", "system_chosen", "system_rejected")
+METHODS = ("principles", "system_chosen", "answers_from")  # flags that make the better answer
+ORDERED_FLAGS = (*METHODS, "revisions", "critic", "system_rejected")
 
 
 def _print_principles(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -95,6 +95,13 @@ def ordered_flags(command: Command) -> Command:
             help="Print the principles of --principles default, as a start for a file, and exit.",
         ),
         principle_flags,
+        click.option(
+            "--answers-from",
+            type=FOLDER,
+            metavar="RUN|MODEL|URL",
+            help="Pairs by a teacher: its answers are chosen, the model's own answers rejected. A "
+            "run, a model, or an address such as http://127.0.0.1:1234/v1#MODEL.",
+        ),
     ):
         command = decorate(command)
     return command
@@ -116,8 +123,9 @@ class JudgeFlags(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OrderedFlags:
-    """The flags of a collection by principles or by system prompts, and of its judge."""
+    """The flags of a collection by principles, system prompts or a teacher, and of its judge."""
 
+    answers_from: str | None
     principles: str | None
     revisions: int | None
     critic: str | None
@@ -128,9 +136,8 @@ class OrderedFlags:
     @property
     def method(self) -> str | None:
         """Flag that makes the better answer; None if there is none."""
-        if self.principles is not None:
-            return "--principles"
-        return None if self.system_chosen is None else "--system-chosen"
+        given = (name for name in METHODS if getattr(self, name) is not None)
+        return next(("--" + name.replace("_", "-") for name in given), None)
 
     @property
     def is_automatic(self) -> bool:
@@ -151,8 +158,9 @@ class OrderedFlags:
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 flag = "--" + needed.replace("_", "-")
                 raise ConfigError(f"`{name}` has no effect without {flag}")
-        if self.principles is not None and self.system_chosen is not None:
-            raise ConfigError("`system_chosen` has no effect with --principles; leave out one")
+        methods = [name for name in METHODS if getattr(self, name) is not None]
+        if len(methods) > 1:
+            raise ConfigError(f"`{methods[1]}` has no effect with {self.method}; leave out one")
         from mlx_dpo.collect.principles.judge import check_principle_judge
         from mlx_dpo.evaluation.judge import check_judge
 
@@ -183,15 +191,17 @@ def collect_ordered_pairs(
     output: str,
     sampling: Sampling,
 ) -> None:
-    """Collect pairs by principles or by system prompts, and print the results."""
+    """Collect pairs by principles, by system prompts or by a teacher, and print the results."""
     from mlx_dpo.collect.ordered_pairs import OrderedTaskSampler, collect_ordered
     from mlx_dpo.collect.sample import JUDGE_CHUNK, open_responders
     from mlx_dpo.data.prompts import add_system_prompt, read_prompts
 
-    by_principles = flags.principles is not None
-    open_method = (
-        _read_principles(flags, sampling) if by_principles else _read_systems(flags, sampling)
-    )
+    read_method = {
+        "--principles": _read_principles,
+        "--system-chosen": _read_systems,
+        "--answers-from": _name_teacher,
+    }[flags.method or ""]
+    open_method = read_method(flags, sampling)
     pairs_file = open_pairs_file(output)
     prompt_list = read_prompts(prompts)
     [responder] = open_responders(runs, model)
@@ -203,7 +213,6 @@ def collect_ordered_pairs(
     print_resumed(tasks)
     run_with_progress(tasks, collect_ordered(tasks, judge))
     print_summary(pairs_file)
-    print_counts(flags.judging.connection)
 
 
 def _read_principles(flags: OrderedFlags, sampling: Sampling) -> Opener:
@@ -255,6 +264,27 @@ def _read_systems(flags: OrderedFlags, sampling: Sampling) -> Opener:
         print_responder_notes(responder, systems.apply(prompts), sampling.max_tokens)
         judge = open_judge(*flags.judging) if flags.judging.is_given else None
         return SystemContrast(responder, sampling, systems), systems.rule, judge
+
+    return open_method
+
+
+def _name_teacher(flags: OrderedFlags, sampling: Sampling) -> Opener:
+    """Return a function that opens the teacher, and the judge if there is one."""
+    from mlx_dpo.collect.teacher import SENT_TO_TEACHER, TEACHER_RULE, TeacherContrast
+    from mlx_dpo.evaluation.judge import open_judge
+    from mlx_dpo.saved_runs.respond import open_any_responder
+
+    assert flags.answers_from is not None
+    spec = flags.answers_from
+
+    def open_method(
+        responder: "Responder", prompts: "list[Prompt]"
+    ) -> "tuple[AnswerSampler, PairRule, Judge | None]":
+        teacher = open_any_responder(spec, flags.judging.connection, sends=SENT_TO_TEACHER)
+        for model in (responder, teacher):
+            print_responder_notes(model, prompts, sampling.max_tokens)
+        judge = open_judge(*flags.judging) if flags.judging.is_given else None
+        return TeacherContrast(responder, teacher, sampling), TEACHER_RULE, judge
 
     return open_method
 

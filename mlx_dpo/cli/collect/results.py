@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.output import echo
+from mlx_dpo.errors import ModelError
 from mlx_dpo.phases import phase
 
 if TYPE_CHECKING:
@@ -41,11 +42,18 @@ def print_resumed(tasks: "TaskSampler") -> None:
 
 
 def run_with_progress(tasks: "TaskSampler", decisions: Iterable[object]) -> None:
-    """Take all `decisions` about the tasks under a progress bar; Ctrl-C ends the program."""
+    """Take all `decisions` about the tasks under a progress bar; Ctrl-C ends the program.
+
+    Raises:
+        ModelError: a server does not answer; the decisions so far are printed.
+    """
     try:
         with phase("Judging answers", tasks.remaining, unit="prompts") as count:
             for _ in decisions:
                 count(1)
+    except ModelError:
+        print_summary(tasks.pairs_file)
+        raise
     except KeyboardInterrupt:
         print_summary(tasks.pairs_file)
         echo("Interrupted; run the same command to resume", err=True)
