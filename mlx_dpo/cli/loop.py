@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from mlx_dpo.cli import INTERRUPTED
+from mlx_dpo.cli.collect.ordered import check_single, principle_flags
 from mlx_dpo.cli.command import FILE, missing_message
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import connection_flags, judge_flags, print_counts_at_end
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     examples=(
         "mlx-dpo loop prompts.txt --model model --reward rewards.py:courtesy -o loop",
         "mlx-dpo loop prompts.txt --model model --judge ORG/MODEL --rounds 5 -o loop",
+        "mlx-dpo loop prompts.txt --model model --principles default -o loop",
         "mlx-dpo loop --resume --output loop",
     ),
     aliases={"--prompts": ""},
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     help="Sampling temperature of the answers. The default makes them differ.",
 )
 @click.option("--max-tokens", default=512, help="Maximum number of tokens per answer.")
+@principle_flags
 @judge_flags
 @connection_flags
 @setting_flags(lambda spec: True, also_required=("output",))
@@ -93,8 +96,9 @@ def loop(
 
     In each round the policy answers the prompts, a reward function or a judge model picks the best
     and the worst answer, the policy is trained on these pairs, and its answers to held-out prompts
-    are evaluated. All files are in --output. PROMPTS is a file, also given as --prompts FILE.
-    The flags of `train` apply to every round.
+    are evaluated. With --principles, the policy revises its answers instead. All files are in
+    --output. PROMPTS is a file, also given as --prompts FILE. The flags of `train` apply to every
+    round.
     """
     training = {name: flags.pop(name) for name in list(flags) if name in get_settings()}
     config, settings = _resolve_settings(
@@ -185,6 +189,8 @@ def _resolve_settings(
             sampling[field] = given.pop(flag)
     sampling["seed"] = config.seed
     merged = earlier["loop"] | given | {"sampling": Sampling(**sampling)}
+    if merged.get("principles"):
+        check_single("--principles")
     if missing := _missing(config.to_dict(), merged):
         raise click.UsageError(missing_message(missing), ctx)
     return config, IterativeSettings(**merged)
@@ -196,7 +202,10 @@ def _missing(settings: dict[str, Any], flags: dict[str, Any], *, resume: bool = 
         "PROMPTS": resume or flags["prompts"],
         "--model": resume or settings.get("model"),
         "--output": settings.get("output"),
-        "--reward or --judge": resume or flags["reward"] or flags["judge"],
+        "--reward, --judge or --principles": resume
+        or flags["reward"]
+        or flags["judge"]
+        or flags["principles"],
     }
     return [name for name, value in given.items() if not value]
 

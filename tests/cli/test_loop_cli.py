@@ -143,6 +143,30 @@ def test_two_rounds_from_prompts_alone(folder, model):
     assert [row["base"] for row in evaluation(loop, 2)["answers"]] == base
 
 
+def test_a_loop_by_principles_trains_on_revisions(folder, model):
+    (folder / "principles.txt").write_text("An answer is kind.\nAn answer is short.\n")
+    flags = ["--principles", str(folder / "principles.txt"), "--revisions", "2", "--rounds", "1"]
+    command = arguments(folder, model, *flags)
+    place = command.index("--answers")
+    del command[place : place + 2]
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    loop = folder / "loop"
+    pairs = rows(loop / "round-01" / "pairs.jsonl")
+    assert evaluation(loop, 1)["collected"]["pairs"] == len(pairs) > 0
+    for row in pairs:
+        assert len(row["provenance"]["chosen_from"]["revisions"]) == 2
+        first, second = row["provenance"]["points"]
+        assert first > second
+    assert "revisions by principles" in (loop / "loop.html").read_text()
+    assert run("--resume", "--output", str(loop)).exit_code == 0
+    (folder / "principles.txt").write_text("An answer is kind.\nAn answer is fair.\n")
+    result = run("--resume", "--output", str(loop))
+    assert "the principles changed since the loop began" in result.stderr
+    result = run(*arguments(folder, model, *flags, output="other"))
+    assert "Error: `answers` has no effect with --principles" in result.stderr
+
+
 def test_a_round_ends_after_its_pages_are_written(folder, model):
     assert run(*arguments(folder, model, "--rounds", "1")).exit_code == 0
     loop = folder / "loop"

@@ -27,6 +27,7 @@ class ScriptedResponder:
         return [GeneratedText(t, GeneratedTokens([1], None if "CUT" in t else 0)) for t in texts]
 
     def answer(self, conversations, sampling, *, name):
+        self.conversations.extend([dict(turn) for turn in turns] for turns in conversations)
         return [self.script([dict(turn) for turn in turns]) for turns in conversations]
 
     def clip_note(self, prompts, max_tokens):

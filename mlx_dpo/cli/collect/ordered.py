@@ -169,7 +169,9 @@ class OrderedFlags:
         check(*self.judging[:3])
 
 
-def check_single(method: str, runs: tuple[str, ...], samplings: tuple[Sampling, ...]) -> None:
+def check_single(
+    method: str, runs: tuple[str, ...] = (), samplings: tuple[Sampling, ...] = ()
+) -> None:
     """Raise `ConfigError` if flags ask for more than the two answers of a method."""
     source = click.get_current_context().get_parameter_source("answers")
     if source is ParameterSource.COMMANDLINE:

@@ -60,7 +60,10 @@ class IterativeSettings:
     reward: str | None = None
     judge: str | None = None
     rubric: str | None = None
-    # Of the connection to a judge at an address.
+    principles: str | None = None  # file; None for the best and worst of several answers
+    revisions: int | None = None  # with principles; None for one
+    critic: str | None = None
+    # Of the connection to a judge or a critic at an address.
     allow_remote: bool = False
     api_key_env: str | None = None  # the name of the variable; the key is stored nowhere
     max_concurrency: int = 4
@@ -74,14 +77,18 @@ class IterativeSettings:
                 raise ConfigError(f"`{name}` must be at least 1, got {value}")
         if self.prompts == "-":
             raise ConfigError("prompts are read in every round, but `-` can be read only once")
-        SamplingPlan(answers=self.answers, samplings=(self.sampling,)).check(1)
+        if self.principles is None:
+            SamplingPlan(answers=self.answers, samplings=(self.sampling,)).check(1)
+        for name in ("revisions", "critic"):
+            if self.principles is None and getattr(self, name) is not None:
+                raise ConfigError(f"`{name}` has no effect without --principles")
         self.connect()
 
     def connect(self) -> Connection:
-        """Return the settings of the connection to the judge.
+        """Return the settings of the connection to the judge and the critic.
 
         Raises:
-            ConfigError: the judge's address may not be used, or a setting has no effect.
+            ConfigError: an address may not be used, or a setting has no effect.
         """
         connection = Connection(
             allow_remote=self.allow_remote,
@@ -89,7 +96,7 @@ class IterativeSettings:
             max_concurrency=self.max_concurrency,
             request_timeout=self.request_timeout,
         )
-        return bind_connection(connection, [self.judge])
+        return bind_connection(connection, [self.judge, self.critic])
 
 
 class SplitPrompts(NamedTuple):

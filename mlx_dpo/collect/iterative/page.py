@@ -140,7 +140,10 @@ def _facts(config: DPOConfig, settings: IterativeSettings, judge: str) -> Iterat
     """Yield name and text of each setting; paths and private settings are left out."""
     yield "model", _model_name(config)
     yield "judge", judge
-    yield "answers per prompt", str(settings.answers)
+    if settings.principles is None:
+        yield "answers per prompt", str(settings.answers)
+    else:
+        yield "revisions by principles", str(settings.revisions or 1)
     per_round = settings.prompts_per_round
     yield "prompts per round", "all" if per_round is None else f"{per_round:,}"
     yield "reference of later rounds", settings.reference

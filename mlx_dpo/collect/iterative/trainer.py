@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from mlx_dpo.adapters.adapter_files import adapter_digest
 from mlx_dpo.collect.iterative.collapse import measure_health
+from mlx_dpo.collect.iterative.collect_pairs import PairCollector
 from mlx_dpo.collect.iterative.folder import (
     IterativePaths,
     IterativeSettings,
@@ -26,23 +27,12 @@ from mlx_dpo.collect.iterative.folder import (
 from mlx_dpo.collect.iterative.page import render_loop_page
 from mlx_dpo.collect.iterative.report import round_page, summary_page
 from mlx_dpo.collect.pairs_file import PairsFile
-from mlx_dpo.collect.sample import (
-    JUDGE_CHUNK,
-    SamplingPlan,
-    count_outcomes,
-    count_truncated,
-    describe_outcomes,
-    describe_ties,
-    judge_all,
-    make_answer_sampler,
-)
-from mlx_dpo.collect.session import TaskSampler
+from mlx_dpo.collect.sample import count_outcomes, count_truncated
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.model import LoRASettings
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.judge import check_judge, open_judge
 from mlx_dpo.evaluation.rewards import Judge
 from mlx_dpo.evaluation.winrate import compare_pairwise
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json
@@ -55,7 +45,6 @@ from mlx_dpo.saved_runs.respond import ModelResponder, open_responder, open_untr
 from mlx_dpo.training.monitor.samples import find_collapse
 from mlx_dpo.training.monitor.verdict import Verdict
 
-ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; a prime, so that seeds rarely coincide
 # LoRA settings that stay; later rounds take the other ones from the adapter they start from.
 FREE_LORA_SETTINGS = ("lora_dropout", "start_adapter")
 
@@ -83,11 +72,9 @@ class IterativeDPO:
     ) -> None:
         if find_rank(os.environ) is not None:
             raise ConfigError("iterative DPO runs in one process; start it without the launcher")
-        check_judge(settings.reward, settings.judge, settings.rubric)
-        if settings.reward is None and settings.judge is None:
-            raise ConfigError("missing judge: pass --reward or --judge")
         self.config, self.settings, self.resume = config, settings, resume
-        self.connection = settings.connect()
+        self.pair_collector = PairCollector(settings, partial(self.load_policy, 0))
+        self.connection = self.pair_collector.connection
         self.paths = IterativePaths(Path(config.output))
         self._resources = ExitStack()
         if settings.reference == "base" and (config.bits or config.start_adapter):
@@ -125,7 +112,7 @@ class IterativeDPO:
             "the prompts": prompts_digest(self.prompts.train),
             "the held-out prompts": prompts_digest(self.prompts.valid),
             "the model": model_fingerprint(model),
-            "the judge": self.judge.provenance(),
+            **self.pair_collector.input_digests(),
         }
         if self.config.start_adapter is not None:
             digests["the start adapter"] = adapter_digest(Path(self.config.start_adapter))
@@ -139,11 +126,10 @@ class IterativeDPO:
     ) -> None:
         self._resources.close()
 
-    @cached_property
+    @property
     def judge(self) -> Judge:
-        """Judge that ranks the answers: a reward function or a model, loaded at first use."""
-        settings = self.settings
-        return open_judge(settings.reward, settings.judge, settings.rubric, self.connection)
+        """Judge of the answers, loaded at first use."""
+        return self.pair_collector.judge
 
     def stages(self) -> Iterator[Stage]:
         """Yield the stages that are still to run.
@@ -190,27 +176,9 @@ class IterativeDPO:
         settings = self.settings
         policy = self.load_policy(round_number - 1)
         self._note_context(policy, self.prompts.train)
-        seed = (settings.sampling.seed or 0) + ROUND_SEED_STRIDE * round_number
-        plan = SamplingPlan(
-            answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
-        )
+        prompts = self.prompts.for_round(round_number, settings.prompts_per_round)
         pairs_file = PairsFile(self.paths.round(round_number).pairs)
-        tasks = TaskSampler(
-            self.prompts.for_round(round_number, settings.prompts_per_round),
-            pairs_file,
-            make_answer_sampler([policy], plan),
-            chunk_size=JUDGE_CHUNK,
-            seed=seed,
-        )
-        yield tasks.remaining
-        for _ in judge_all(tasks, self.judge):
-            yield tasks.remaining
-        if not pairs_file.pair_count:
-            reasons = describe_ties(pairs_file) or describe_outcomes(pairs_file)
-            raise ConfigError(
-                f"{pairs_file.path}: no prompt has a better and a worse answer ({reasons}); use "
-                "another reward, more --answers or a higher --temperature"
-            )
+        yield from self.pair_collector.collect(round_number, policy, prompts, pairs_file)
 
     def _note_context(self, policy: ModelResponder, prompts: list[Prompt]) -> None:
         """Add a note if answers will end at the model's context, once for the same prompts."""

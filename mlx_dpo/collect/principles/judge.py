@@ -30,7 +30,7 @@ def open_principle_judge(
     judge: str | None,
     rubric: str | None,
     connection: Connection | None,
-    responder: Responder,
+    responder: Responder | None,
 ) -> Judge:
     """Load the judge of revisions; without a reward and a judge, `responder` itself judges.
 
@@ -45,6 +45,7 @@ def open_principle_judge(
     if reward is not None or judge is not None:
         return open_judge(reward, judge, rubric, connection, default=principle_rubric())
     text = principle_rubric() if rubric is None else read_rubric(Path(rubric))
+    assert responder is not None
     source = responder.provenance
     return make_model_judge(str(source.get("run") or source["model"]), responder, text)
 
