@@ -1,4 +1,4 @@
-"""Flags of `mlx-dpo eval` for perplexity and benchmark tasks, and what they measure."""
+"""Flags of `mlx-dpo eval`: perplexity, reference answers and benchmark tasks."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,10 @@ NEEDED = {
     "window": "perplexity",
     "stride": "perplexity",
     "tasks_folder": "tasks",
-    "limit": "tasks",
     "num_fewshot": "tasks",
     "apply_chat_template": "tasks",
-    "max_tokens": "tasks",
 }
+SHARED = ("limit", "max_tokens")  # flags of tasks and of reference answers
 FLAGS = (
     click.option(
         "--perplexity",
@@ -43,6 +42,13 @@ FLAGS = (
         show_default="half a window",
     ),
     click.option(
+        "--reference-answers",
+        type=FILE,
+        metavar="FILE",
+        help="Compare greedy answers with those of FILE (rows with `prompt` and `answer`), before "
+        "and after training: ROUGE-L and exact match.",
+    ),
+    click.option(
         "--tasks",
         metavar="NAME,...",
         help="Benchmark tasks of lm-eval, before and after training; needs the extra `tasks`.",
@@ -57,7 +63,7 @@ FLAGS = (
         "-n",
         "--limit",
         type=click.IntRange(min=1),
-        help="Documents per task of --tasks, from the beginning.",
+        help="Documents per task of --tasks, and rows of --reference-answers, from the beginning.",
         show_default="all",
     ),
     click.option(
@@ -75,8 +81,8 @@ FLAGS = (
     click.option(
         "--max-tokens",
         type=click.IntRange(min=1),
-        help="Maximum number of tokens per answer of --tasks.",
-        show_default="as in the task",
+        help="Maximum number of tokens per answer of --tasks and --reference-answers.",
+        show_default="as in the task, else 512",
     ),
 )
 
@@ -99,6 +105,10 @@ def prepare_measurements(flags: Mapping[str, Any]) -> "list[Measure]":
         if flags[name] is not None and flags[needed] is None:
             flag = name.replace("_", "-")
             raise ConfigError(f"`--{flag}` has no effect without --{needed}")
+    for name in SHARED:
+        if flags[name] is not None and flags["tasks"] is flags["reference_answers"] is None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"`--{flag}` has no effect without --tasks or --reference-answers")
     measures = []
     if flags["tasks"] is not None:
         measures.append(_prepare_tasks(flags))
@@ -107,6 +117,11 @@ def prepare_measurements(flags: Mapping[str, Any]) -> "list[Measure]":
 
         windows = Windows(flags["window"], flags["stride"])
         measures.append(prepare_perplexity(flags["perplexity"], windows))
+    if flags["reference_answers"] is not None:
+        from mlx_dpo.evaluation.measurements.reference_answers import prepare_reference_answers
+
+        limits = {"limit": flags["limit"], "max_tokens": flags["max_tokens"]}
+        measures.append(prepare_reference_answers(flags["reference_answers"], **limits))
     return measures
 
 

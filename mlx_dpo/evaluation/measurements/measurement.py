@@ -14,6 +14,7 @@ from mlx_dpo.adapters.adapter_files import adapter_digest
 from mlx_dpo.saved_runs.evaluate import Evaluation
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
 from mlx_dpo.saved_runs.stored_evaluations import StoredEvaluation
+from mlx_dpo.scoring.generation_match import use_generating_function
 
 
 class Measurement(Protocol):
@@ -50,6 +51,10 @@ def measure_run(run: str, measures: Sequence[Measure]) -> tuple[SwitchableModel,
         ModelError: the model or the adapter cannot be read.
     """
     model = open_switchable(run)
+    max_length = None if model.run is None else model.run.config.length_limit
+    use_generating_function(
+        model.base.model, vocab_size=model.base.vocab_size, max_length=max_length
+    )
     return model, [measure(model) for measure in measures]
 
 

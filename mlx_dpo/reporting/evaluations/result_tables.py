@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mlx_dpo.reporting.evaluations.drift_tables import drift_tables
 from mlx_dpo.reporting.evaluations.table import Results, ResultTable
+from mlx_dpo.units import format_items
 
 TableMaker = Callable[[str, Results], list[ResultTable]]
 
@@ -44,7 +45,7 @@ def task_tables(subject: str, results: Results) -> list[ResultTable]:
         for metric in metrics
         if "_stderr" not in metric
     ]
-    return [ResultTable(f"Benchmarks: {subject}", ("base", "aligned", "difference"), rows)]
+    return [ResultTable(f"Benchmarks: {subject}", ("base", "aligned", "difference (95 %)"), rows)]
 
 
 def _with_error(metrics: Results, metric: str) -> str:
@@ -65,9 +66,22 @@ def _difference(found: Results | None) -> str:
     return f"{found['mean']:+.3f}{shown}"
 
 
+def reference_tables(subject: str, results: Results) -> list[ResultTable]:
+    """Return the table of agreement with reference answers, before and after training."""
+    base, aligned, difference = results["base"], results["aligned"], results["difference"]
+    rows = [
+        (label, f"{base[key]:.4f}", f"{aligned[key]:.4f}", _difference(difference[key]))
+        for label, key in (("ROUGE-L F1", "rouge_l"), ("exact match", "exact_match"))
+    ]
+    rows.append(("cut answers", f"{base['cut_answers']:,}", f"{aligned['cut_answers']:,}", ""))
+    title = f"Reference answers of {subject} ({format_items(results['rows'], 'rows')})"
+    return [ResultTable(title, ("base", "aligned", "difference (95 %)"), rows)]
+
+
 TABLES: dict[str, TableMaker] = {
     "drift": drift_tables,
     "perplexity": perplexity_tables,
+    "reference_answers": reference_tables,
     "tasks": task_tables,
 }
 
