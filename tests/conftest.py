@@ -46,6 +46,7 @@ INTEGRATION = {
     "training/test_trl_agreement.py",
     "training/test_trl_kto_agreement.py",
     "training/test_trl_loss_runs.py",
+    "training/test_trl_sft_agreement.py",
     "config/test_settings_have_effect.py",
 }
 

@@ -80,11 +80,11 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
     from mlx_dpo.runs.summary import describe_learning_rate, format_count
     from mlx_dpo.units import format_items
 
-    inputs, epoch = estimate.inputs, estimate.epoch
+    inputs, epoch, unit = estimate.inputs, estimate.epoch, estimate.fitted.config.unit
     return [
         ("model", f"{inputs.base.source}, {format_count(estimate.parameters)} parameters"),
         *[("", note) for note in (*inputs.base.notes, *inputs.base.storage_notes)],
-        ("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out"),
+        (unit, f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out"),
         *[("", line) for report in inputs.reports for line in report.lines()],
         ("", _lengths_line(estimate)),
         ("scorer", f"{estimate.choice.name}: {estimate.choice.reason}"),
@@ -104,7 +104,7 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
         (
             "work",
             f"{epoch.operations:.2e} operations per epoch, {epoch.reference_operations:.2e} to "
-            f"score the reference on {epoch.reference_pairs:,} pairs",
+            f"score the reference on {epoch.reference_pairs:,} {unit}",
         ),
         (
             "time",
@@ -144,8 +144,9 @@ def _sharing_lines(estimate: "RunEstimate") -> list[SummaryLine]:
         return []
     saved = 1 - epoch.tokens / epoch.tokens_pair_by_pair
     prompts = format_items(epoch.prompts, "prompts")
-    pairs = f"{format_items(len(estimate.inputs.train), 'pairs')} of {prompts}"
-    text = f"{pairs}; shared beginnings save {saved:.1%} of the tokens of one pair per pass"
+    unit = estimate.fitted.config.unit
+    pairs = f"{format_items(len(estimate.inputs.train), unit)} of {prompts}"
+    text = f"{pairs}; shared beginnings save {saved:.1%} of the tokens of one {unit[:-1]} per pass"
     return [("", text)]
 
 

@@ -145,7 +145,8 @@ def _pair_attended_keys(pair: TokenizedPair, shared: bool) -> int:
     `shared` says whether the prompt runs once instead of once per completion.
     """
     prompt = len(pair.prompt)
-    lengths = [prompt + len(completion) - 1 for completion in (pair.chosen, pair.rejected)]
+    completions = [completion for completion in (pair.chosen, pair.rejected) if completion]
+    lengths = [prompt + len(completion) - 1 for completion in completions]
     saved = (len(lengths) - 1) * _causal_entries(prompt) if shared else 0
     return sum(map(_causal_entries, lengths)) - saved
 

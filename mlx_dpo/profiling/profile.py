@@ -129,15 +129,13 @@ def profile_inference_pass(
 def shorten_pairs(pairs: Pairs, share: float) -> list[TokenizedPair]:
     """Return the pairs with each text cut to `share` of its tokens, but not below two tokens."""
 
-    def shorten(tokens: tuple[int, ...]) -> tuple[int, ...]:
-        return tokens[: max(2, round(share * len(tokens)))]
+    def shorter(tokens: tuple[int, ...]) -> int:
+        return max(2, round(share * len(tokens)))
 
     return [
         replace(
-            pair,
-            prompt=shorten(pair.prompt),
-            chosen=shorten(pair.chosen),
-            rejected=shorten(pair.rejected),
+            pair.cut_completions(shorter(pair.chosen), shorter(pair.rejected)),
+            prompt=pair.prompt[: shorter(pair.prompt)],
         )
         for pair in pairs
     ]

@@ -99,7 +99,7 @@ def through_a_run(run, folder):
     """The second run as a user starts it: whole conversations, of which the last answer counts."""
     settings = dict(run["settings"])
     del settings["rows_per_pass"]
-    rows = sft.conversations(sft.first_lines(sft.LINES), trl.BATCH * settings.pop("steps"))
+    rows = sft.conversations(trl.first_lines(sft.LINES), trl.BATCH * settings.pop("steps"))
     lines = [json.dumps(rows[place]) + "\n" for place in order_of(len(rows))]
     (folder / "rows.jsonl").write_text("".join(lines))
     (folder / "valid.jsonl").write_text(lines[0])
@@ -145,7 +145,7 @@ def test_tokens_and_masks_are_those_of_trl(golden, rows, name):
 
 
 def test_the_last_answer_of_a_conversation_is_the_completion_of_its_prompt(rows):
-    conversations = sft.conversations(sft.first_lines(sft.LINES), 6)
+    conversations = sft.conversations(trl.first_lines(sft.LINES), 6)
     alone = tokenize(conversations, load(), "last")
     assert [(p.prompt, p.chosen, p.gaps) for p in alone] == [
         (p.prompt, p.chosen, ()) for p in rows["last answers"][:6]
