@@ -6,7 +6,7 @@ Every row is flushed to disk before the program continues, so a crash loses no f
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +49,25 @@ def _format_turns(prompt: Text, **answers: str) -> Row:
         name: [{"role": "assistant", "content": text}] for name, text in answers.items()
     }
     return {"prompt": list(prompt), **turns}
+
+
+def has_same_answer(other: Row, row: Row) -> bool:
+    """Return whether `other` is a label of the same answer as `row`, written by the same program.
+
+    The program is named by `by` in the provenance.
+    """
+    return (
+        has_same_prompt(other, row)
+        and "completion" in other
+        and other["completion"] == row["completion"]
+    )
+
+
+def has_same_prompt(other: Row, row: Row) -> bool:
+    """Return whether `other` is about the same prompt as `row` and by the same program."""
+    provenance = other.get("provenance")
+    is_own = isinstance(provenance, dict) and provenance.get("by") == row["provenance"]["by"]
+    return is_own and other.get("prompt") == row["prompt"]
 
 
 def utc_timestamp() -> str:
@@ -112,15 +131,22 @@ class JsonlFile:
         Raises:
             DataError: the file cannot be written.
         """
-        line = _format_row(row)
+        return self.replace_all([row], is_outdated)
+
+    def replace_all(self, rows: Sequence[Row], is_outdated: Callable[[Row], bool]) -> list[Row]:
+        """Append rows and remove the outdated ones, all or nothing; return those removed.
+
+        The arguments and the errors are those of `replace`.
+        """
+        lines = [_format_row(row) for row in rows]
         try:
             with self.open_locked() as file:
                 self._repair(file)
                 rest, removed = _split_rows(file, is_outdated)
                 if removed:
-                    self._rewrite([*rest, line])
+                    self._rewrite([*rest, *lines])
                 else:
-                    _append_durably(file, line)
+                    _append_durably(file, b"".join(lines))
         except OSError as error:
             raise self._write_error(error) from error
         return removed

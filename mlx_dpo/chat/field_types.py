@@ -123,6 +123,19 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Word:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    def parse(self, value: Any) -> str:
+        """Return the word; raise `ValueError` if the value is none of them."""
+        if not isinstance(value, str) or value not in self.words:
+            raise ValueError(f"must be {' or '.join(self.words)}, found {shorten(value)}")
+        return value
+
+
+@dataclass(frozen=True)
 class Object:
     """A JSON object."""
 

@@ -22,6 +22,7 @@ from mlx_dpo.chat.field_types import (
     StringMap,
     Strings,
     TokenBias,
+    Word,
     check_encodable,
     shorten,
 )
@@ -30,10 +31,13 @@ from mlx_dpo.errors import DPOError
 from mlx_dpo.schemas.messages import RESERVED_TEMPLATE_KWARGS
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+FEEDBACK = "/v1/feedback"
 MAX_SEED = 2**64 - 1
 MAX_COUNT = 2**31 - 1  # of tokens; MLX counts positions with 32 bits
 MAX_TEXT = 1 << 26  # characters; the size of the request is bounded as well
 MAX_STOPS, MAX_STOP_LENGTH = 32, 1_000
+MAX_ID, MAX_COMMENT = 200, 10_000  # characters
+GOOD, BAD = "good", "bad"
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 # Below these, float32 cannot tell the setting from greedy decoding.
 MIN_TEMPERATURE, MIN_TOP_P = 1e-30, 1e-7
@@ -79,8 +83,20 @@ def _text(name: str, type: FieldType, effect: str = "") -> Field:
 
 @cache
 def request_fields(vocab_size: int) -> Mapping[str, Field]:
-    """Return the fields of all requests by name, for a model with `vocab_size` tokens."""
+    """Return the fields of requests for a completion by name, for `vocab_size` tokens."""
     fields = (*_content_fields(), *_sampling_fields(vocab_size), *_fields_without_effect())
+    return {field.name: field for field in fields}
+
+
+@cache
+def feedback_fields() -> Mapping[str, Field]:
+    """Return the fields of a judgement of an answer by name."""
+    fields = (
+        Field("id", String(MAX_ID, minimum=1), "`id` of the completion", (FEEDBACK,)),
+        Field("rating", Word((GOOD, BAD)), "the judgement", (FEEDBACK,)),
+        Field("edited", String(MAX_TEXT, minimum=1), "a better answer", (FEEDBACK,)),
+        Field("comment", String(MAX_COMMENT), "stored with the rows", (FEEDBACK,)),
+    )
     return {field.name: field for field in fields}
 
 
@@ -171,7 +187,7 @@ def parse_request(body: Mapping[str, Any], path: str, *, vocab_size: int) -> dic
     Raises:
         RequestError: a field is unknown, of another type, out of bounds, missing or unsupported.
     """
-    fields = request_fields(vocab_size)
+    fields = feedback_fields() if path == FEEDBACK else request_fields(vocab_size)
     request = {}
     for name, value in body.items():
         field = fields.get(name)
@@ -184,6 +200,9 @@ def parse_request(body: Mapping[str, Any], path: str, *, vocab_size: int) -> dic
         except ValueError as error:
             shown = name.encode("ascii", "backslashreplace").decode()[:80]
             raise RequestError(f"`{shown}` {error}", shown) from None
+    if path == FEEDBACK:
+        _check_feedback(request)
+        return request
     _check_combinations(request, path)
     return _in_mlx_lm_form(request)
 
@@ -220,6 +239,18 @@ def _check_combinations(request: Mapping[str, Any], path: str) -> None:
             f"found {shorten(kwargs['enable_thinking'])}",
             "chat_template_kwargs",
         )
+
+
+def _check_feedback(request: Mapping[str, Any]) -> None:
+    """Raise `RequestError` unless the request names an answer and judges it in one way."""
+    if "id" not in request:
+        raise RequestError("`id` is missing; it is the `id` of the completion", "id")
+    if "rating" not in request and "edited" not in request:
+        raise RequestError("`rating` is missing; give it, or a better answer as `edited`", "rating")
+    if "rating" in request and "edited" in request:
+        raise RequestError("`rating` has no effect with `edited`; leave one of them out", "rating")
+    if not request.get("edited", "x").strip():
+        raise RequestError("`edited` is empty; give the text of a better answer", "edited")
 
 
 def _in_mlx_lm_form(request: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,7 @@ this server then switches the adapters on or off.
 import json
 import socket
 import sys
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from email.message import Message
 from functools import partial
 from http import HTTPStatus
@@ -19,76 +17,36 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mlx_lm.server import APIHandler, CompletionRequest, ModelProvider, get_system_fingerprint
+from mlx_lm.server import APIHandler, CompletionRequest, get_system_fingerprint
 
-from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch, evaluate_arrays
 from mlx_dpo.chat.field_types import shorten
 from mlx_dpo.chat.request_messages import roles
-from mlx_dpo.chat.requests import CHAT, DEFAULT_MODEL, TEXT, RequestError, parse_request
+from mlx_dpo.chat.requests import (
+    CHAT,
+    DEFAULT_MODEL,
+    FEEDBACK,
+    TEXT,
+    RequestError,
+    parse_request,
+)
 from mlx_dpo.chat.response_generator import (
-    PROMPT_CACHE_SIZE,
     FaultTolerantResponseGenerator,
     GenerationFailed,
     print_failure,
 )
-from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.errors import ConfigError, reason
-from mlx_dpo.generation.batch import is_batching_exact
+from mlx_dpo.chat.served_feedback import ROW_FIELDS, ServedAnswer
+from mlx_dpo.chat.served_model import ServedModel, SwitchingModelProvider
+from mlx_dpo.errors import ConfigError, DataError, reason
 from mlx_dpo.web.json_body import BodyError, linger, read_json_object
 
 MAX_BODY_BYTES = 1 << 26
 MODELS_PATH, HEALTH_PATH = "/v1/models", "/health"
 GET_PATHS = (MODELS_PATH, HEALTH_PATH)
-POST_PATHS = {CHAT: CHAT, "/chat/completions": CHAT, TEXT: TEXT}
+POST_PATHS = {CHAT: CHAT, "/chat/completions": CHAT, TEXT: TEXT, FEEDBACK: FEEDBACK}
 MODEL_NOT_FOUND = "model_not_found"  # OpenAI's code
-PROBE_LENGTHS = (3, 40)  # prompt lengths in tokens on which exact batching is checked
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model to serve, the names by which clients request it, and default request settings."""
-
-    model: Any
-    tokenizer: Any
-    switch: AdapterSwitch
-    names: Mapping[str, AdapterState]  # the first entry serves requests that name no model
-    vocab_size: int  # larger token ids must not reach the model
-    context: int | None  # in tokens; None for no limit
-    sampling: Sampling
-    thinking: bool = False
-    system: str | None = None  # for conversations without a system message
-    origins: Sequence[str] = ()  # origins of web pages that may send requests; `*` means any
-
-
-class SwitchingModelProvider(ModelProvider):
-    """mlx-lm's model provider, which here switches adapters instead of loading another model."""
-
-    def __init__(self, served: ServedModel) -> None:
-        super().__init__(_mlx_lm_arguments(served))
-        self.served = served
-        self.batches = is_batching_exact(
-            served.model,
-            [[n % 7 for n in range(length)] for length in PROBE_LENGTHS],
-            context=served.context,
-        )
-        # The server's thread cannot evaluate arrays whose computation began on this thread.
-        evaluate_arrays(served.model)
-
-    def load_default(self) -> None:
-        """Switch to the default model, which answers requests that name no model."""
-        self.load(DEFAULT_MODEL)
-
-    def load(
-        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
-    ) -> tuple[Any, Any]:
-        """Switch the adapters for the served name `model_path`; return model and tokenizer."""
-        names = self.served.names
-        adapter_state = names[next(iter(names)) if model_path == DEFAULT_MODEL else model_path]
-        self.served.switch.activate(adapter_state)
-        self.model_key = (adapter_state, None, None)  # mlx-lm keeps one prompt cache per key
-        self.model, self.tokenizer = self.served.model, self.served.tokenizer
-        self.is_batchable = self.batches
-        return self.model, self.tokenizer
+SAMPLING_SETTINGS = (  # of a request, stored with the judgement of its answer
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed",
+)  # fmt: skip
 
 
 class RequestHandler(APIHandler):
@@ -134,6 +92,9 @@ class RequestHandler(APIHandler):
                 raise self._unknown_path()
             body = read_json_object(self, limit=MAX_BODY_BYTES)
             request = parse_request(body, path, vocab_size=self._served.vocab_size)
+            if path == FEEDBACK:
+                self._handle_feedback(request)
+                return
             self._check_model(request)
         except BodyError as error:
             self._send_json_error(error.status, str(error))
@@ -148,6 +109,24 @@ class RequestHandler(APIHandler):
         self.path, self.rfile = path, BytesIO(body)
         self.headers.replace_header("Content-Length", str(len(body)))
         super().do_POST()
+
+    def _handle_feedback(self, request: Mapping[str, Any]) -> None:
+        """Write the judgement of an answer to the file of feedback, and send what was done.
+
+        Raises:
+            RequestError: the server has no such file, or does not know the answer.
+        """
+        feedback = self._served.feedback
+        if feedback is None:
+            raise RequestError(
+                "feedback is not recorded; start the server with --feedback FILE",
+                status=HTTPStatus.NOT_IMPLEMENTED,
+            )
+        try:
+            self._send_json(200, feedback.write(request))
+        except DataError as error:  # the disk; its path is nothing for a client
+            print_failure(str(error), error)
+            raise RequestError("the feedback could not be written", status=500) from error
 
     @property
     def _served(self) -> ServedModel:
@@ -260,6 +239,7 @@ class RequestHandler(APIHandler):
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Generate a completion; if this fails, send an error and continue with other requests."""
         self._is_streaming = False
+        self._request, self._answer, self._calls_tools = request, "", False
         try:
             super().handle_completion(request, stop_words)
         except (ConnectionError, TimeoutError):
@@ -268,6 +248,39 @@ class RequestHandler(APIHandler):
             self._send_failure(failure.cause)
         except Exception as error:
             self._send_failure(error)
+
+    def generate_response(
+        self, text: str, finish_reason: str | None, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return a part of the answer as JSON; remember the answer before its last part is sent."""
+        response: dict[str, Any] = super().generate_response(text, finish_reason, *args, **kwargs)
+        self._answer += text
+        self._calls_tools |= bool(kwargs.get("tool_calls"))
+        if finish_reason is not None:
+            self._remember_answer(is_cut=finish_reason == "length")
+        return response
+
+    def _remember_answer(self, *, is_cut: bool) -> None:
+        """Remember a chat answer, so that it can be judged by the id of its completion.
+
+        A continued text is not remembered: mlx-lm removes the space between it and its prompt.
+        """
+        served, request = self._served, self._request
+        if served.feedback is None or request.request_type != "chat":
+            return
+        name = self.requested_model
+        state = served.names[next(iter(served.names)) if name == DEFAULT_MODEL else name]
+        sampling = {
+            setting: getattr(self, setting)
+            for setting in SAMPLING_SETTINGS
+            if getattr(self, setting) is not None
+        }
+        fields = {name: self.body[name] for name in ROW_FIELDS if self.body.get(name)}
+        answer = ServedAnswer(
+            tuple(request.messages), self._answer, state, sampling, fields, is_cut=is_cut,
+            calls_tools=self._calls_tools,
+        )  # fmt: skip
+        served.feedback.answers.add(self.request_id, answer)
 
     def _send_failure(self, error: Exception) -> None:
         """Send why a request failed; in a stream that has begun, as its last event."""
@@ -362,33 +375,3 @@ class Server(ThreadingHTTPServer):
         error = sys.exception()
         if error is not None and not isinstance(error, ConnectionError | TimeoutError):
             print_failure(f"{type(error).__name__}: {reason(error)}", error)
-
-
-def _mlx_lm_arguments(served: ServedModel) -> Namespace:
-    """Return the settings of the served model as arguments of mlx-lm's server."""
-    sampling = served.sampling
-    return Namespace(
-        model=None,
-        adapter_path=None,
-        draft_model=None,
-        num_draft_tokens=3,
-        trust_remote_code=False,
-        chat_template="",
-        use_default_chat_template=False,
-        chat_template_args={"enable_thinking": served.thinking},
-        temp=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens,
-        decode_concurrency=32,
-        prompt_concurrency=8,
-        prefill_step_size=2048,
-        prompt_cache_size=PROMPT_CACHE_SIZE,
-        prompt_cache_bytes=None,
-        kv_bits=None,
-        kv_group_size=64,
-        quantized_kv_start=0,
-        pipeline=False,
-        allowed_origins=list(served.origins),
-    )

@@ -1,18 +1,23 @@
 """`mlx-dpo serve`: an OpenAI-compatible server for the base and the aligned model."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_dpo.cli.answers import model_and_adapter_flags, thinking_flag
-from mlx_dpo.cli.command import FOLDER, Command
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_dpo.chat.server import ServedModel, Server
+    from mlx_dpo.chat.feedback import JsonlFile
+    from mlx_dpo.chat.served_feedback import ServedFeedback
+    from mlx_dpo.chat.served_model import ServedModel
+    from mlx_dpo.chat.server import Server
     from mlx_dpo.saved_runs.open import SwitchableModel
 
 REQUEST_ONLY_SETTINGS = ("seed", "repetition_penalty")  # set by each request, not by a flag
@@ -44,6 +49,12 @@ REQUEST_ONLY_SETTINGS = ("seed", "repetition_penalty")  # set by each request, n
     help="Web page that may send requests (`https://example.org`, `*`); repeat it for several.",
     show_default="none",
 )
+@click.option(
+    "--feedback",
+    type=FILE,
+    metavar="FILE",
+    help="Write judgements of answers, sent to /v1/feedback, to this file as rows for `train`.",
+)
 @thinking_flag
 @sampling_flags(without=REQUEST_ONLY_SETTINGS, temperature=0.7)
 def serve(
@@ -53,6 +64,7 @@ def serve(
     host: str,
     port: int,
     allowed_origins: tuple[str, ...],
+    feedback: str | None,
     **settings: Any,
 ) -> None:
     """Serve a RUN or a model through OpenAI's API: chat, completions and the list of models.
@@ -70,9 +82,12 @@ def serve(
 
     thinking = settings.pop("thinking")
     sampling = Sampling(**settings)
+    file = None if feedback is None else _open_feedback_file(feedback)
     with Server(host, port) as server:
         opened = open_switchable(run, model=model, adapter=adapter)
         served = _make_served_model(opened, sampling, thinking, allowed_origins)
+        if file is not None:
+            served = replace(served, feedback=_make_feedback(file, opened, served))
         for line in _header(opened, served, server):
             echo(line, err=True)
         if not is_loopback(str(server.server_address[0])):
@@ -86,10 +101,29 @@ def serve(
             echo("\nStopped", err=True)
 
 
+def _open_feedback_file(name: str) -> "JsonlFile":
+    """Return the file for judgements, without an incomplete last line that a crash left in it."""
+    from mlx_dpo.chat.feedback import JsonlFile
+
+    file = JsonlFile(Path(name).expanduser())
+    if (note := file.repair()) is not None:
+        echo(note, err=True)
+    return file
+
+
+def _make_feedback(
+    file: "JsonlFile", opened: "SwitchableModel", served: "ServedModel"
+) -> "ServedFeedback":
+    from mlx_dpo.chat.served_feedback import ServedFeedback
+
+    states = set(served.names.values())
+    return ServedFeedback(file, {state: opened.provenance(state) for state in states})
+
+
 def _make_served_model(
     opened: "SwitchableModel", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
 ) -> "ServedModel":
-    from mlx_dpo.chat.server import ServedModel
+    from mlx_dpo.chat.served_model import ServedModel
     from mlx_dpo.generation.context import context_length
     from mlx_dpo.generation.prompt import check_thinking
 
@@ -119,4 +153,6 @@ def _header(opened: "SwitchableModel", served: "ServedModel", server: "Server") 
         lines.append("The run was trained on plain text: use /v1/completions, not chat")
     if served.system is not None:
         lines.append(f"Conversations without a system message get: {served.system}")
+    if served.feedback is not None:
+        lines.append(f"POST /v1/feedback writes labelled answers to {served.feedback.file.path}")
     return [*lines, "Ctrl-C stops it."]

@@ -18,7 +18,7 @@ from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.chat import response_generator
 from mlx_dpo.chat.requests import RequestError
 from mlx_dpo.chat.response_generator import FaultTolerantResponseGenerator, GenerationFailed
-from mlx_dpo.chat.server import ServedModel, SwitchingModelProvider
+from mlx_dpo.chat.served_model import ServedModel, SwitchingModelProvider
 from mlx_dpo.config.sampling import Sampling
 from tests.checkpoints import VOCAB, make_checkpoint
 

@@ -128,6 +128,12 @@ def test_plain_text_is_continued(client, model):
     assert answer.choices[0].text == reply.removeprefix(" ")
 
 
+def test_without_a_file_feedback_is_refused_with_what_to_do(address):
+    status, text = send(address, "feedback", b'{"id": "x", "rating": "good"}')
+    assert status == 501
+    assert "start the server with --feedback FILE" in json.loads(text)["error"]["message"]
+
+
 def test_an_unknown_model_gets_404_with_the_known_names(client):
     with pytest.raises(openai.NotFoundError, match="`gpt` is not served here; request `aligned`, "):
         ask(client, "gpt", "hi")

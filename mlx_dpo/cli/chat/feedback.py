@@ -45,14 +45,12 @@ class FeedbackFiles:
         Returns:
             A note for the person.
         """
-        from mlx_dpo.chat.feedback import unpaired_row
+        from mlx_dpo.chat.feedback import has_same_answer, unpaired_row
 
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         provenance = self._provenance() | self._answer_provenance(author)
         row = unpaired_row(self.chat.last_prompt(), answer, good=good, provenance=provenance)
-        earlier = self.labeled.replace(
-            row, lambda other: _is_own(other, row) and other.get("completion") == row["completion"]
-        )
+        earlier = self.labeled.replace(row, lambda other: has_same_answer(other, row))
         note = f"Written to {self.labeled.path}: {_label(good)}."
         if earlier:
             before = _label(bool(earlier[-1].get("label")))
@@ -65,9 +63,11 @@ class FeedbackFiles:
         Each answer is given as (text, author). An earlier pair of the same two answers is replaced.
         The note names the file that the answers went to.
         """
+        from mlx_dpo.chat.feedback import has_same_prompt
+
         row = self._pair_row(chosen, rejected)
         earlier = self.pairs.replace(
-            row, lambda other: _is_own(other, row) and _answers(other) == _answers(row)
+            row, lambda other: has_same_prompt(other, row) and _answers(other) == _answers(row)
         )
         replaced = " This replaces the earlier pair of these answers." if earlier else ""
         return f"Written to {self.pairs.path}.{replaced}"
@@ -97,13 +97,6 @@ class FeedbackFiles:
         settings = asdict(self.chat.sampling).items()
         sampling = {name: value for name, value in settings if value is not None}
         return self.opened.provenance(author) | {"sampling": sampling}
-
-
-def _is_own(other: "Row", row: "Row") -> bool:
-    """Return whether `other` is a row of this command about the same prompt as `row`."""
-    provenance = other.get("provenance")
-    is_chat = isinstance(provenance, dict) and provenance.get("by") == WRITER
-    return is_chat and other.get("prompt") == row["prompt"]
 
 
 def _answers(pair: "Row") -> list[str]:
