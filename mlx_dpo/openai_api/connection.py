@@ -36,8 +36,10 @@ class RequestCounts:
         """Return the counts as one line; None if no server was used."""
         if not self.requests and not self.cached:
             return None
-        parts = [f"{self.replies:,} from {self.requests:,} requests"]
-        parts[0] += f" ({format_bytes(self.sent_bytes)} sent)"
+        parts = []
+        if self.requests:
+            sent = format_bytes(self.sent_bytes)
+            parts.append(f"{self.replies:,} from {self.requests:,} requests ({sent} sent)")
         for count, text in (
             (self.cached, "from the cache"),
             (self.retries, "requests repeated"),
@@ -47,7 +49,7 @@ class RequestCounts:
         ):
             if count:
                 parts.append(f"{count:,} {text}")
-        return f"Replies of servers: {', '.join(parts)}"
+        return f"Replies of addresses: {', '.join(parts)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mlx_dpo.openai_api.client import ApiClient, Body
 from mlx_dpo.openai_api.connection import Connection, RequestCounts
 from mlx_dpo.openai_api.reply import Reply, strip_thinking
 from mlx_dpo.openai_api.reply_cache import ReplyCache, request_key
-from mlx_dpo.paths import reply_cache_folder
+from mlx_dpo.paths import CACHE_VARIABLE, reply_cache_folder
 from mlx_dpo.phases import phase
 from mlx_dpo.types import Message
 from mlx_dpo.units import format_bytes
@@ -191,18 +191,23 @@ def open_api_responder(
     if address.model is None:
         address = _choose_model(address, names)
         client = ApiClient(address, connection)
-    notes: tuple[str, ...] = ()
+    folder, notes = reply_cache_folder(), []
     if names and address.model not in names:
-        notes = (f"{address}: the server does not list this model (found {_shown(names)})",)
+        notes.append(f"{address}: the server does not list this model (found {_shown(names)})")
+    if folder is None:
+        notes.append(
+            f"{address}: its replies are not stored, because no cache folder is known; set HOME or "
+            f"{CACHE_VARIABLE}"
+        )
     model = next((row for row in listed if row["id"] == address.model), {})
     return ApiResponder(
         address,
         client,
-        ReplyCache(reply_cache_folder(), str(address)),
+        ReplyCache(folder, str(address)),
         connection.counts,
         sends,
         {name: model[name] for name in IDENTITY if name in model},
-        notes,
+        tuple(notes),
     )
 
 

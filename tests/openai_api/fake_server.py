@@ -77,19 +77,20 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answer, script, models):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, answer, script, models, port):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.port = self.server_address[1]
         self.answer, self.script = answer, list(script)
         self.models = {"data": [{"id": name} for name in models]}
         self.bodies, self.paths, self.headers_seen = [], [], []
         self.lock, self.at_once, self.most_at_once = threading.Lock(), 0, 0
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
 
 @contextmanager
-def fake_server(answer=echo, *, script=(), models=("m",)):
+def fake_server(answer=echo, *, script=(), models=("m",), port=0):
     """Yield a running server. `script` answers the first requests, `answer` all others."""
-    with FakeServer(answer, script, models) as server:
+    with FakeServer(answer, script, models, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
