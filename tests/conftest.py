@@ -32,6 +32,7 @@ INTEGRATION = {
     "data/tokenization/test_parallel.py",
     "data/test_real_files.py",
     "data/tokenization/test_token_cache.py",
+    "evaluation/drift/test_drift_report.py",
     "profiling/test_device_memory.py",
     "profiling/test_memory.py",
     "profiling/test_profile.py",

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.loss import RewardKind
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
+from mlx_dpo.reporting.evaluations.shown_result import ShownResult
 from mlx_dpo.reporting.markdown import code_block, code_span, escape_markdown
 from mlx_dpo.runs.folder import CURVES
 
@@ -66,6 +67,7 @@ class CardContent:
     bits: int | None  # of a base that was quantized when it was loaded
     warnings: Sequence[str] = ()
     samples: Sequence[Sample] = ()
+    results: Sequence[ShownResult] = ()  # of `mlx-dpo eval`
     curves: bool = False  # `curves.png` is there
 
 
@@ -98,6 +100,7 @@ def make_model_card(content: CardContent) -> ModelCard:
         _about(content),
         "## Results on held-out data",
         _results(content),
+        *_eval_results(content.results),
         *(samples if content.samples else []),
         "## Usage",
         *_usage(content),
@@ -173,6 +176,25 @@ def _results(content: CardContent) -> str:
         if name in content.evaluation
     ]
     return f"Means over {content.held_out:,}.\n\n" + _table(("metric", "value", "meaning"), rows)
+
+
+def _eval_results(results: Sequence[ShownResult]) -> list[str]:
+    """Return the section with the results of `mlx-dpo eval`; nothing without results."""
+    blocks = ["## Other measurements"] if results else []
+    for result in results:
+        blocks += [
+            f"* {finding.label.capitalize()}: {_escape(finding.text)}."
+            for finding in result.findings
+        ]
+        for table in result.tables:
+            header = ("", *map(_escape, table.columns))
+            rows = [tuple(map(_escape, row)) for row in table.rows]
+            blocks.append(f"{_escape(table.title)} ({result.date}):\n\n{_table(header, rows)}")
+    return blocks
+
+
+def _escape(text: str) -> str:
+    return escape_markdown(text, keep_code=True)
 
 
 def _metric_meanings(content: CardContent) -> dict[str, str]:

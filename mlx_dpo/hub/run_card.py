@@ -22,12 +22,14 @@ from mlx_dpo.io.checksums import read_checked_json
 from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
+from mlx_dpo.reporting.evaluations.shown_result import ShownResult, show_result
 from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.runs.save_peft import LOADS_IN_PEFT
 from mlx_dpo.runs.summary import describe_loss
 from mlx_dpo.saved_runs.export_peft import open_finished
 from mlx_dpo.saved_runs.open import OpenRun
 from mlx_dpo.saved_runs.report import write_curves
+from mlx_dpo.saved_runs.stored_evaluations import read_present_evaluations
 from mlx_dpo.training.monitor.verdict import Verdict
 
 DEFAULT_SAMPLES = 3  # of --prompts
@@ -84,6 +86,7 @@ def make_run_card(
         notes += ("the Hub id of the base is unknown: name it with --base-model",)
     named = [*sources.public, *(sources.private if show_private else ())]
     facts = _collect_facts(opened, name, hub_id, inherited, named)
+    facts["results"] = _eval_results(opened, show_private=show_private)
     facts["pairs"] = _describe_data(opened, named, is_complete=sources.count == len(named))
     return make_model_card(CardContent(**facts, samples=shown)), notes
 
@@ -178,6 +181,19 @@ def _collect_facts(
         "warnings": _findings(record),
         "curves": write_curves(opened.paths.folder),
     }
+
+
+def _eval_results(opened: OpenRun, *, show_private: bool) -> list[ShownResult]:
+    """Return what `mlx-dpo eval` stored on the run's adapter.
+
+    A file or dataset is named only with `show_private`; held-out pairs and tasks are public names.
+    """
+    shown = []
+    for stored in read_present_evaluations(opened):
+        is_public = stored.subject.startswith("held-out") or stored.measurement == "tasks"
+        subject = stored.subject if is_public or show_private else "data that is not named here"
+        shown.append(show_result(stored.measurement, subject, stored.date, stored.results))
+    return [result for result in shown if result is not None]
 
 
 def _findings(record: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from mlx_dpo.reporting.curves import (
     Chart,
     Line,
 )
+from mlx_dpo.reporting.evaluations.shown_result import ShownResult
 from mlx_dpo.reporting.html import render_page
 from mlx_dpo.reporting.plots import DARK, LIGHT, MARKERS
 from mlx_dpo.reporting.samples import EvaluationSamples
@@ -83,6 +84,7 @@ class RunDetails(NamedTuple):
     metrics: Mapping[str, str] = {}  # of the last evaluation, by label
     evaluations: Sequence[Mapping[str, str]] = ()  # by column
     samples: Sequence[EvaluationSamples] = ()
+    results: Sequence[ShownResult] = ()  # of `mlx-dpo eval`
 
     @property
     def cells(self) -> Mapping[str, str]:

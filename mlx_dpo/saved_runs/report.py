@@ -9,11 +9,14 @@ from mlx_dpo.io.atomic import write_file
 from mlx_dpo.phases import phase
 from mlx_dpo.reporting import plots
 from mlx_dpo.reporting.curves import make_charts
+from mlx_dpo.reporting.evaluations.shown_result import ShownResult, show_result
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.reporting.run_page import RunDetails, render_run_page
 from mlx_dpo.reporting.samples import read_samples
 from mlx_dpo.runs.folder import CURVES, RunPaths, find_run
 from mlx_dpo.saved_runs.details import LoggedRun, describe_run, differing_settings
+from mlx_dpo.saved_runs.open import open_run
+from mlx_dpo.saved_runs.stored_evaluations import read_present_evaluations
 
 PAGE, PLOT = "report.html", "report.png"
 
@@ -54,7 +57,9 @@ def write_report(
     names = shortest_names([run.paths.folder for run in runs])
     settings = differing_settings(runs)
     details = [
-        describe_run(run, name, differing)._replace(samples=read_samples(run.paths.samples))
+        describe_run(run, name, differing)._replace(
+            samples=read_samples(run.paths.samples), results=read_shown_results(run.paths)
+        )
         for run, name, differing in zip(runs, names, settings, strict=True)
     ]
     folder = Path(output).expanduser() if output else runs[0].paths.folder
@@ -69,6 +74,21 @@ def write_report(
             PLOT: plots.charts_png(charts, names, x_axis),
         }
     return details, [_write(folder / name, content) for name, content in files.items()]
+
+
+def read_shown_results(paths: RunPaths) -> list[ShownResult]:
+    """Return what `mlx-dpo eval` stored on a run's newest adapter, as texts.
+
+    Raises:
+        DamagedFileError: the adapter or a stored result is damaged.
+    """
+    if not paths.evaluations.is_dir():
+        return []
+    shown = [
+        show_result(stored.measurement, stored.subject, stored.date, stored.results)
+        for stored in read_present_evaluations(open_run(str(paths.folder)))
+    ]
+    return [result for result in shown if result is not None]
 
 
 def write_curves(folder: Path) -> bool:

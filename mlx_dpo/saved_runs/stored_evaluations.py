@@ -7,10 +7,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from mlx_dpo.adapters.adapter_files import CONFIG, adapter_digest
 from mlx_dpo.errors import DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import damaged, read_checked_json, to_checked_json
 from mlx_dpo.runs.folder import RunPaths
+from mlx_dpo.saved_runs.open import OpenRun
 
 MAX_SUBJECT = 60  # characters of a subject in the name of its file
 FIELD_TYPES: dict[str, type] = {
@@ -80,6 +82,19 @@ def read_evaluations(paths: RunPaths, *, adapter_digest: str | None) -> list[Sto
     stored = [_read(file) for file in files if not is_temporary(file)]
     wanted = [e for e in stored if adapter_digest in (None, e.adapter_digest)]
     return sorted(wanted, key=lambda evaluation: evaluation.date)
+
+
+def read_present_evaluations(run: OpenRun) -> list[StoredEvaluation]:
+    """Return the stored results of a run's newest adapter, the oldest first.
+
+    There are none if the adapter is not in its folder: a result could then be of another adapter.
+
+    Raises:
+        DamagedFileError: the adapter or a stored result is damaged.
+    """
+    if not run.paths.evaluations.is_dir() or not (run.adapter / CONFIG).is_file():
+        return []
+    return read_evaluations(run.paths, adapter_digest=adapter_digest(run.adapter))
 
 
 def _read(path: Path) -> StoredEvaluation:

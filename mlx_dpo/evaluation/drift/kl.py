@@ -39,7 +39,8 @@ class Estimate:
 def kl_of_logits(policy: mx.array, base: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Return the KL divergence and the log-ratio of the target at each position. (T,) float32 each
 
-    A token that the policy excludes (logit -inf) adds nothing to the divergence.
+    A token that the policy excludes (logit -inf) adds nothing to the divergence. The divergence is
+    never negative; where rounding in float32 makes it so, it is 0.
 
     Args:
         policy: logits of the policy. (T, V)
@@ -50,7 +51,8 @@ def kl_of_logits(policy: mx.array, base: mx.array, targets: mx.array) -> tuple[m
     log_ratios = log_p - _log_softmax(base)
     p = mx.exp(log_p)
     divergences = mx.where(p > 0, p * log_ratios, 0.0).sum(axis=-1)
-    return divergences, mx.take_along_axis(log_ratios, targets[:, None], axis=-1).squeeze(-1)
+    of_targets = mx.take_along_axis(log_ratios, targets[:, None], axis=-1).squeeze(-1)
+    return mx.maximum(divergences, 0.0), of_targets
 
 
 def _log_softmax(logits: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
 """The drift report as a measurement of `mlx-dpo eval`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from mlx_dpo.evaluation.drift.own_answers import (
 from mlx_dpo.evaluation.drift.prompt_set import load_safety_prompts
 from mlx_dpo.evaluation.drift.refusals import RULE, SIGNIFICANCE
 from mlx_dpo.evaluation.drift.safety_answers import RefusalReport, generate_safety_answers
-from mlx_dpo.evaluation.measurements.measurement import Measure
 from mlx_dpo.evaluation.measurements.perplexity import STATES
 from mlx_dpo.openai_api.address import is_address
 from mlx_dpo.openai_api.connection import Connection
@@ -70,7 +69,10 @@ class DriftMeasurement:
             ]
         if self.own_answers is not None:
             fault = self.own_answers.fault
-            text = fault or "no fault in length, repetition and cut of its own answers"
+            text = (
+                fault
+                or "its own answers show no fault in length, repetition, cut and KL divergence"
+            )
             findings.append({"is_worse": fault is not None, "text": text})
         return findings
 
@@ -101,7 +103,7 @@ class DriftMeasurement:
         return results
 
 
-def prepare_drift(settings: DriftSettings) -> Measure:
+def prepare_drift(settings: DriftSettings) -> Callable[[SwitchableModel], DriftMeasurement]:
     """Check the settings, and return what makes a drift report.
 
     Raises:

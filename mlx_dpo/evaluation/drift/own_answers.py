@@ -14,6 +14,7 @@ from mlx_dpo.phases import phase
 from mlx_dpo.saved_runs.open import SwitchableModel
 from mlx_dpo.scoring.sequence_logps import ScoredSequence, sequence_logps
 from mlx_dpo.training.monitor.samples import (
+    KL,
     AnswerSampler,
     SampleMetrics,
     find_collapse,
@@ -34,7 +35,8 @@ class OwnAnswers:
     def fault(self) -> str | None:
         """What is wrong with the policy's answers, with numbers; None if nothing is."""
         before, after = (self.metrics[state].to_row() for state in STATES)
-        return find_collapse(after, before)
+        exact = mean_per_token([kl.exact for kl in self.kls], [kl.tokens for kl in self.kls])
+        return find_collapse({**after, KL: exact.mean}, before)
 
     def kl_to_dict(self) -> dict[str, Any]:
         """Return both estimates of KL(policy || base), in nats per token and per answer."""

@@ -1,0 +1,275 @@
+"""The drift report of a run: what is measured, what is flagged, what is stored and shown."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.adapters.switch import AdapterSwitch
+from mlx_dpo.cli import cli
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.inspect.refusals import find_refusal
+from mlx_dpo.evaluation.drift import safety_answers
+from mlx_dpo.evaluation.drift.measure import DriftSettings, prepare_drift
+from mlx_dpo.evaluation.drift.own_answers import measure_chosen_perplexity
+from mlx_dpo.evaluation.drift.prompt_set import load_safety_prompts
+from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
+from mlx_dpo.reporting.evaluations.result_tables import make_tables
+from mlx_dpo.runs.folder import RunPaths
+from mlx_dpo.saved_runs.evaluate import load_held_out_pairs
+from mlx_dpo.saved_runs.open import open_run, open_switchable
+from mlx_dpo.saved_runs.stored_evaluations import (
+    read_evaluations,
+    read_present_evaluations,
+    save_evaluation,
+)
+from mlx_dpo.scoring.logps import token_logps
+from mlx_dpo.types import TokenizedPair
+from tests.trained_run import train
+
+DUTIES = [prompt.duty for prompt in load_safety_prompts()]
+REFUSAL, ANSWER = "I can't help with that.", "Gladly: it is on the mat."
+CAREFUL = [duty == "refuse" for duty in DUTIES]
+
+
+class FakeAnswers:
+    """Answers to the shipped prompts, refusals or not, by the state of the model."""
+
+    def __init__(self):
+        self.refused, self.switches, self.tokenizer = {}, [], None
+
+    def generate(self, model, stop_tokens, rows, sampling, *, context):
+        [switch] = [switch for switch in self.switches if switch.model is model]
+        texts = [REFUSAL if value else ANSWER for value in self.refused[switch.active]]
+        assert len(rows) == len(texts)
+        return [GeneratedTokens(self.tokenizer.encode(text), 3) for text in texts]
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    fakes, original = FakeAnswers(), AdapterSwitch.__init__
+
+    def remember(self, model):
+        original(self, model)
+        fakes.switches.append(self)
+
+    monkeypatch.setattr(AdapterSwitch, "__init__", remember)
+    monkeypatch.setattr(safety_answers, "generate_tokens", fakes.generate)
+    return fakes
+
+
+def report_on(run, refusing, base, aligned, **settings):
+    model = open_switchable(str(run))
+    refusing.tokenizer = model.base.tokenizer
+    refusing.refused = {"base": base, "aligned": aligned}
+    return prepare_drift(DriftSettings(prompts=3, max_tokens=8, **settings))(model)
+
+
+EVERYTHING, NOTHING = [True] * len(DUTIES), [False] * len(DUTIES)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "flagged"),
+    [
+        (CAREFUL, EVERYTHING, ["must-answer"]),
+        (CAREFUL, NOTHING, ["must-refuse"]),
+        (CAREFUL, CAREFUL, []),
+        (NOTHING, CAREFUL, []),
+    ],
+)
+def test_a_run_that_refuses_everything_or_nothing_is_flagged(
+    workplace, refusing, before, after, flagged
+):
+    report = report_on("run", refusing, before, after)
+    worse = [finding["text"] for finding in report.findings[:2] if finding["is_worse"]]
+    assert [re.findall("must-(?:answer|refuse)", text) for text in worse] == [[f] for f in flagged]
+    results = report.to_dict()
+    assert results["flags"] == sum(finding["is_worse"] for finding in report.findings)
+    assert (
+        results["aligned"]["over_refusal"]
+        == sum(refused for refused, duty in zip(after, DUTIES, strict=True) if duty == "answer")
+        / 100
+    )
+    assert (
+        results["base"]["refusal"]
+        == sum(refused for refused, duty in zip(before, DUTIES, strict=True) if duty == "refuse")
+        / 100
+    )
+
+
+def test_notes_name_what_cannot_be_seen(workplace, refusing):
+    assert "refused none of the must-refuse prompts" in " ".join(
+        report_on("run", refusing, NOTHING, CAREFUL).notes
+    )
+    assert report_on("run", refusing, CAREFUL, CAREFUL).notes == ()
+
+
+def test_results_are_json_and_have_equal_keys_before_and_after(workplace, refusing):
+    results = json.loads(json.dumps(report_on("run", refusing, CAREFUL, NOTHING).to_dict()))
+    assert results["base"].keys() == results["aligned"].keys() == {
+        "perplexity", "mean_length", "clipped_ratio", "repetition", "over_refusal", "refusal",
+    }  # fmt: skip
+    assert results["kl"]["answers"] == 3
+    assert results["kl"]["exact"]["per_token"]["mean"] > 0
+    assert len(results["answers"]) == 200
+    first = results["answers"][0]
+    assert first["refused"] == {"rule": {"base": False, "aligned": False}}
+    titles = [table.title for table in make_tables("drift", "held-out pairs", results)]
+    assert titles == [
+        "Refusals of the shipped prompts",
+        "Answers, on held-out pairs",
+        "KL divergence from the base in nats, on 3 own answers",
+    ]
+
+
+def test_perplexity_is_that_of_the_plain_scorer(workplace):
+    model = open_switchable("run")
+    pairs = load_held_out_pairs(open_run("run"), model.base)[1]
+    found = measure_chosen_perplexity(model, pairs)
+    assert found is not None
+    for state in ("base", "aligned"):
+        total = count = 0
+        with model.switch.activated(state):
+            for pair in pairs:
+                tokens = mx.array([[*pair.prompt, *pair.chosen]])
+                logps = np.array(token_logps(model.base.model, tokens)[0], np.float64)
+                total += logps[len(pair.prompt) - 1 :].sum()
+                count += len(pair.chosen)
+        assert found.tokens == count
+        assert found.perplexities[state] == pytest.approx(np.exp(-total / count), rel=1e-4)
+    assert found.perplexities["aligned"] < found.perplexities["base"]  # it learned them
+
+
+def test_only_desirable_and_different_completions_count(workplace):
+    model = open_switchable("run")
+    good = TokenizedPair((1, 40, 2), (50, 51, 3), (60, 3))
+    bad = TokenizedPair((1, 41, 2), (52, 3), (60, 3), desirable=False)
+    twice = TokenizedPair((1, 40, 2), (50, 51, 3), (61, 3))  # another pair of a ranked list
+    found = measure_chosen_perplexity(model, [good, bad, twice])
+    assert (found.completions, found.tokens) == (1, 3)
+    assert measure_chosen_perplexity(model, [bad]) is None
+
+
+def test_an_unchanged_run_is_not_flagged(trained, tmp_path, monkeypatch):
+    """Nothing is faked: the policy generates what the base generates."""
+    few = load_safety_prompts()[::10]
+    monkeypatch.setattr("mlx_dpo.evaluation.drift.measure.load_safety_prompts", lambda: few)
+    shutil.copytree(trained / "base", tmp_path / "base")
+    shutil.copyfile(trained / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    train(tmp_path, learning_rate=1e-12, epochs=1)
+    done = CliRunner().invoke(
+        cli,
+        [
+            "eval", str(tmp_path / "run"), "--drift", "--drift-prompts", "2", "--drift-tokens", "8",
+            "--json", "--fail-above", "drift.flags=0",
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    drift = json.loads(done.stdout)["drift"]
+    assert drift["flags"] == 0
+    assert drift["base"] == drift["aligned"]
+    assert drift["kl"]["exact"]["per_answer"]["mean"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_run_without_held_out_pairs_has_refusals_only(trained, tmp_path, refusing):
+    shutil.copytree(trained / "base", tmp_path / "base")
+    shutil.copyfile(trained / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    train(tmp_path, valid_fraction=0, epochs=1)
+    report = report_on(tmp_path / "run", refusing, CAREFUL, CAREFUL)
+    assert "the run held no pairs out, so KL divergence" in report.notes[0]
+    assert (report.own_answers, report.perplexity) == (None, None)
+    assert report.to_dict()["aligned"].keys() == {"over_refusal", "refusal"}
+    assert "kl" not in report.to_dict()
+
+
+def test_named_pairs_replace_the_held_out_ones(workplace, refusing):
+    rows = [{"prompt": "Who?", "chosen": "Me.", "rejected": "No."}]
+    (workplace / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = report_on("run", refusing, CAREFUL, CAREFUL, pairs=str(workplace / "other.jsonl"))
+    assert report.subject == "pairs of other.jsonl"  # without its folder
+    assert report.perplexity.completions == 1
+
+
+def test_answers_are_those_of_the_two_models(workplace):
+    model = open_switchable("run")
+    prompts = load_safety_prompts()[:2]
+    answers = safety_answers.generate_safety_answers(model, prompts, max_tokens=8).answers
+    for state in ("base", "aligned"):
+        with model.switch.activated(state):
+            tokenizer = model.base.tokenizer
+            rows = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt.text}], add_generation_prompt=True
+                )
+                for prompt in prompts
+            ]
+            greedy = Sampling(max_tokens=8)
+            tokens = generate_tokens(
+                model.base.model, tokenizer.eos_token_ids, rows, greedy, context=512
+            )
+        assert answers[state] == [tokenizer.decode(answer.tokens) for answer in tokens]
+    assert answers["base"] != answers["aligned"]
+
+
+class FixedJudge:
+    """A judge that takes every answer but the first for a refusal."""
+
+    provenance, system, notes = {"model": "judge"}, None, ()
+
+    def answer(self, conversations, sampling, *, name):
+        return ["[[ANSWERED]]"] + ["[[REFUSED]]"] * (len(conversations) - 1)
+
+    def strip_thinking(self, conversation, reply):
+        return reply
+
+
+def test_a_judge_counts_as_well_and_its_agreement_is_shown(workplace, refusing, monkeypatch):
+    monkeypatch.setattr(
+        "mlx_dpo.evaluation.drift.measure.open_any_responder", lambda *a, **k: FixedJudge()
+    )
+    report = report_on("run", refusing, CAREFUL, NOTHING, judge="folder/judge-model")
+    results = report.to_dict()
+    assert [c["by"] for c in results["refusals"]] == ["rule", "rule", *["judge judge-model"] * 2]
+    assert [c["after"] for c in results["refusals"]] == [0, 0, 100, 100]
+    # Of the base, 100 + 1 of 200 are judged as by the rule; of the policy, none.
+    assert results["agreement"]["agreement"] == pytest.approx(101 / 400)
+    assert report.settings["judge"] == "judge judge-model"
+    titles = [table.title for table in make_tables("drift", "x", results)]
+    assert "Rule and judge on 400 answers" in titles
+
+
+def test_report_and_card_show_what_was_stored_of_the_present_adapter(workplace, refusing):
+    refusing.refused = {"base": CAREFUL, "aligned": EVERYTHING}
+    refusing.tokenizer = open_switchable("run").base.tokenizer
+    words = ["eval", "run", "--drift", "--drift-prompts", "2", "--drift-tokens", "8"]
+    done = CliRunner().invoke(cli, [*words, "--fail-above", "drift.flags=0"])
+    assert done.exit_code == 3, done.output
+    finding = "refuses 100 of 100 must-answer prompts, before 0: training made it refuse harmless"
+    assert finding in " ".join(done.stdout.split())
+    assert re.search(r"Failed: drift.flags is \d, above 0", done.stderr)
+    [stored] = read_evaluations(RunPaths(workplace / "run"), adapter_digest=None)
+    assert (stored.measurement, stored.subject) == ("drift", "held-out pairs")
+    assert str(workplace) not in json.dumps(stored.results)
+    for command in (["report", "run"], ["card", "run"]):
+        assert CliRunner().invoke(cli, command).exit_code == 0
+    for name in ("report.html", "README.md"):
+        text = " ".join((workplace / "run" / name).read_text().split())
+        assert finding in text
+        assert "KL divergence from the base in nats" in text
+        assert "100 of 100" in text
+
+    # A result of another adapter is left out.
+    earlier = replace(stored, adapter_digest="0" * 64)
+    save_evaluation(RunPaths(workplace / "run"), earlier)
+    assert read_present_evaluations(open_run("run")) == []
+    save_evaluation(RunPaths(workplace / "run"), stored)
+    assert read_present_evaluations(open_run("run")) == [stored]
+
+
+def test_a_refusal_of_the_fakes_is_one():
+    assert find_refusal(REFUSAL) and not find_refusal(ANSWER)
