@@ -9,9 +9,11 @@ from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.principles.judge import judge_drawn, open_principle_judge
 from mlx_dpo.collect.principles.principle_set import Principle, PrincipleDraw
 from mlx_dpo.collect.principles.revise import REVISION_RULE, Reviser
+from mlx_dpo.collect.session import Answer, RankingTask
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import add_system_prompt, make_prompt
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.evaluation.rewards import Ranking
 from mlx_dpo.saved_runs.respond import derive_seed
 from tests.collect.fake_responders import ScriptedResponder
 
@@ -202,6 +204,13 @@ def test_a_revision_that_is_no_better_is_dropped_with_the_reason_and_the_steps(t
     revised, first = worse["provenance"]["answers_from"]
     assert revised["revisions"][0]["critique"] and "revisions" not in first
     assert worse["answers"] == ["<p>+", "<p>"]
+
+
+def test_a_preference_that_the_judge_doubts_is_no_pair():
+    answers = (Answer("better", {}), Answer("worse", {}))
+    task, ranking = RankingTask(PROMPTS[0], answers), Ranking((1.0, 0.0), warnings=("odd",))
+    decision = REVISION_RULE.decide(task, ranking, {"by": "judge j"})
+    assert (decision.chosen, decision.skip_reason) == (None, "odd")
 
 
 def test_a_tie_is_no_pair(tmp_path):
