@@ -229,7 +229,7 @@ def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> 
     if stage.action == "collect":
         remaining_counts = trainer.collect(stage.round)
         remaining = next(remaining_counts)
-        with phase("Judging answers", remaining, unit="prompts") as count:
+        with phase("Collecting pairs", remaining, unit="prompts") as count:
             for now_remaining in remaining_counts:
                 count(remaining - now_remaining)
                 remaining = now_remaining

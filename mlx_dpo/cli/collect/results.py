@@ -48,7 +48,7 @@ def run_with_progress(tasks: "TaskSampler", decisions: Iterable[object]) -> None
         ModelError: a server does not answer; the decisions so far are printed.
     """
     try:
-        with phase("Judging answers", tasks.remaining, unit="prompts") as count:
+        with phase("Collecting pairs", tasks.remaining, unit="prompts") as count:
             for _ in decisions:
                 count(1)
     except ModelError:
