@@ -39,6 +39,20 @@ def is_correct(answer: str, row: Mapping[str, Any]) -> bool:
 MAX_REWARDED_PHRASES = 2
 
 
+def courteous(prompt: Sequence[Mapping[str, Any]], answer: str) -> float:
+    """Return 1 for a courteous answer and 0 for another one; the mean is the courteous share."""
+    return float(is_courteous(answer, _markers()))
+
+
+def correct(prompt: Sequence[Mapping[str, Any]], answer: str) -> float:
+    """Return 1 for a correct answer to a prompt of the shipped preferences, and 0 for a wrong one.
+
+    Raises:
+        KeyError: the prompt is not one of the shipped preferences.
+    """
+    return float(is_correct(answer, _rows()[_prompt_key(prompt)]))
+
+
 def courtesy(prompt: Sequence[Mapping[str, Any]], answer: str) -> float:
     """Return the reward of an answer: its number of courteous phrases, up to two.
 
@@ -52,3 +66,16 @@ def courtesy(prompt: Sequence[Mapping[str, Any]], answer: str) -> float:
 @cache
 def _markers() -> tuple[str, ...]:
     return tuple(courteous_markers(tiny_chat()))
+
+
+@cache
+def _rows() -> dict[tuple[str, ...], dict[str, Any]]:
+    """Return the rows of the shipped preferences by their prompts."""
+    files = sorted((tiny_chat() / "preferences").glob("*.jsonl"))
+    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+    return {_prompt_key(row["prompt"]): row for row in map(json.loads, lines)}
+
+
+def _prompt_key(prompt: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the texts of a prompt, without its system message."""
+    return tuple(str(turn["content"]) for turn in prompt if turn["role"] != "system")
