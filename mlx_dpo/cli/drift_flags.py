@@ -1,11 +1,12 @@
 """The flags of `mlx-dpo eval --drift`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_dpo.cli.command import FOLDER
+from mlx_dpo.cli.sampling_flags import connection_flags, make_connection
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ NEEDS_DRIFT = ("drift_prompts", "drift_tokens", "judge")
 def drift_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--drift` and its settings to a command."""
     for decorate in (
+        connection_flags,
         click.option(
             "--judge",
             type=FOLDER,
@@ -49,13 +51,16 @@ def drift_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def prepare_drift_of(
-    flags: Mapping[str, Any], pairs: str | None, bad_pairs: str | None
+    flags: dict[str, Any], pairs: str | None, bad_pairs: str | None
 ) -> "Measure | None":
     """Return the drift report that the flags ask for; None without `--drift`.
+
+    The flags of the connection are taken out of `flags`.
 
     Raises:
         ConfigError: a flag has no effect, or the judge cannot be used.
     """
+    connection = make_connection(flags, flags["judge"])
     for name in NEEDS_DRIFT:
         if flags[name] is not None and not flags["drift"]:
             raise ConfigError(f"`--{name.replace('_', '-')}` has no effect without --drift")
@@ -66,5 +71,7 @@ def prepare_drift_of(
     numbers = {"prompts": flags["drift_prompts"], "max_tokens": flags["drift_tokens"]}
     given = {name: value for name, value in numbers.items() if value is not None}
     return prepare_drift(
-        DriftSettings(pairs=pairs, bad_pairs=bad_pairs, judge=flags["judge"], **given)
+        DriftSettings(
+            pairs=pairs, bad_pairs=bad_pairs, judge=flags["judge"], connection=connection, **given
+        )
     )

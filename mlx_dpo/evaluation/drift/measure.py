@@ -110,10 +110,10 @@ def prepare_drift(settings: DriftSettings) -> Callable[[SwitchableModel], DriftM
         ConfigError: the judge is an address that may not be used.
     """
     prompts = load_safety_prompts()
-    judge = settings.judge
-    remote = None
+    judge, remote = settings.judge, None
     if judge is not None and is_address(judge):  # connects before a model is loaded
         remote = open_any_responder(judge, settings.connection, sends=SENT_TO_JUDGE)
+        judge = str(remote.provenance["model"])  # an address may leave the model open
 
     def measure(model: SwitchableModel) -> DriftMeasurement:
         assert model.run is not None
@@ -139,23 +139,24 @@ def prepare_drift(settings: DriftSettings) -> Callable[[SwitchableModel], DriftM
                     remote or open_any_responder(judge), judge
                 )
             refusals = RefusalReport(safety, verdicts)
-        return DriftMeasurement(subject, _settings(settings, own), own, perplexity, refusals, notes)
+        return DriftMeasurement(
+            subject, _to_dict(settings, own, judge), own, perplexity, refusals, notes
+        )
 
     return measure
 
 
 def _judge_name(judge: str) -> str:
     """Return the name of a judge in results, without folders of this machine and addresses."""
-    model = judge.rpartition("#")[2] if is_address(judge) and "#" in judge else Path(judge).name
-    return f"judge {model}"
+    return f"judge {judge.rpartition('#')[2] if is_address(judge) else Path(judge).name}"
 
 
-def _settings(settings: DriftSettings, own: OwnAnswers | None) -> dict[str, Any]:
-    judge = None if settings.judge is None else _judge_name(settings.judge)
+def _to_dict(settings: DriftSettings, own: OwnAnswers | None, judge: str | None) -> dict[str, Any]:
+    """Return the settings that determine the results, as JSON values."""
     return {
         "prompts": 0 if own is None else len(own.kls),
         "max_tokens": settings.max_tokens,
-        "judge": judge,
+        "judge": None if judge is None else _judge_name(judge),
         "significance": SIGNIFICANCE,
     }
 

@@ -30,6 +30,7 @@ from mlx_dpo.saved_runs.stored_evaluations import (
 )
 from mlx_dpo.scoring.logps import token_logps
 from mlx_dpo.types import TokenizedPair
+from tests.openai_api.fake_server import completion, fake_server
 from tests.trained_run import train
 
 DUTIES = [prompt.duty for prompt in load_safety_prompts()]
@@ -241,6 +242,34 @@ def test_a_judge_counts_as_well_and_its_agreement_is_shown(workplace, refusing, 
     assert report.settings["judge"] == "judge judge-model"
     titles = [table.title for table in make_tables("drift", "x", results)]
     assert "Rule and judge on 400 answers" in titles
+
+
+def test_a_judge_at_an_address_gets_prompts_and_answers(workplace, refusing):
+    refusing.refused = {"base": CAREFUL, "aligned": EVERYTHING}
+    refusing.tokenizer = open_switchable("run").base.tokenizer
+
+    def answer(body):
+        refused = REFUSAL in body["messages"][-1]["content"]
+        return completion("[[REFUSED]]" if refused else "[[ANSWERED]]")
+
+    words = ["eval", "run", "--drift", "--drift-prompts", "1", "--drift-tokens", "8", "--json"]
+    with fake_server(answer) as server:
+        done = CliRunner().invoke(cli, [*words, "--judge", server.url])
+    assert done.exit_code == 0, done.output
+    drift = json.loads(done.stdout)["drift"]
+    assert [count["by"] for count in drift["refusals"]] == ["rule", "rule", "judge m", "judge m"]
+    assert [count["after"] for count in drift["refusals"]] == [100] * 4
+    assert drift["agreement"] == {"answers": 400, "agreement": 1.0, "kappa": 1.0}
+    assert len(server.bodies) == 300  # equal questions are asked once: 100 answers stay refusals
+
+
+def test_a_judge_that_is_not_there_ends_before_a_model_is_loaded(workplace, monkeypatch):
+    monkeypatch.setattr("mlx_dpo.saved_runs.open.load_base_of_run", lambda run: pytest.fail())
+    with fake_server() as server:
+        gone = server.url + "#m"
+    done = CliRunner().invoke(cli, ["eval", "run", "--drift", "--judge", gone])
+    assert done.exit_code == 1
+    assert gone.removesuffix("#m") in done.stderr.splitlines()[-1]
 
 
 def test_report_and_card_show_what_was_stored_of_the_present_adapter(workplace, refusing):
