@@ -22,7 +22,7 @@ def drift_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--judge",
             type=FOLDER,
-            metavar="MODEL|URL",
+            metavar="MODEL",
             help="Let this model, run or OpenAI-compatible address judge refusals of --drift, too.",
         ),
         click.option(

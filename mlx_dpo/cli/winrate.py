@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +17,9 @@ from mlx_dpo.cli.sampling_flags import (
     make_samplings,
     sampling_flags,
 )
+from mlx_dpo.cli.system_prompt import read_system_prompt
 from mlx_dpo.cli.winrate_person import PersonFlags, judge_by_person, person_flags
+from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
     from mlx_dpo.evaluation.winrate import AnswersOfBoth, PairwiseComparison
     from mlx_dpo.openai_api.connection import Connection
 
+MAX_SYSTEM = 50  # characters of a system prompt in a title
+
 
 @click.command(
     cls=Command,
     examples=(
         "mlx-dpo winrate run --reward rewards.py:courtesy",
         "mlx-dpo winrate run prompts.txt --judge mlx-community/Qwen3-8B-4bit",
+        'mlx-dpo winrate run --judge MODEL --against-system "Be brief and kind."',
         "mlx-dpo winrate run prompts.txt --person --decisions votes.jsonl --rater ann",
     ),
     aliases={"--prompts": ""},
@@ -43,6 +49,11 @@ if TYPE_CHECKING:
     metavar="RUN|MODEL",
     help="Opponent of RUN: a run, a model, or an address such as http://127.0.0.1:1234/v1#MODEL.",
     show_default="the reference of RUN",
+)
+@click.option(
+    "--against-system",
+    metavar="TEXT|FILE",
+    help="System prompt of the opponent, to see whether a prompt alone does as well.",
 )
 @judge_flags
 @person_flags
@@ -75,11 +86,13 @@ def winrate(
     """
     flags = PersonFlags(**{field.name: settings.pop(field.name) for field in fields(PersonFlags)})
     flags.check({"reward": reward, "judge": judge, "rubric": rubric}, prompts)
+    system = _read_system(settings.pop("against_system"))
     connection = make_connection(settings, judge, against)
     [sampling] = make_samplings(settings)
     if flags.person:
-        answer = partial(_answer_with_both, run, sampling, prompts, against, connection)
-        judge_by_person(flags, run, against, prompts, sampling, answer, as_json=as_json)
+        answer = partial(_answer_with_both, run, sampling, prompts, (against, system), connection)
+        opponent = against if system is None else _describe(against, system)
+        judge_by_person(flags, run, opponent, prompts, sampling, answer, as_json=as_json)
         return
 
     from mlx_dpo.evaluation.judge import open_judge
@@ -88,7 +101,13 @@ def winrate(
 
     opened_judge = open_judge(reward, judge, rubric, connection)
     comparison = compare_policies(
-        run, opened_judge, sampling, prompts=prompts, against=against, connection=connection
+        run,
+        opened_judge,
+        sampling,
+        prompts=prompts,
+        against=against,
+        against_system=system,
+        connection=connection,
     )
     for note in comparison.notes:
         echo(note, err=True)
@@ -99,23 +118,55 @@ def winrate(
             err=True,
         )
     if as_json:
-        settings = {"run": run, "against": against, **opened_judge.provenance()}
-        echo_json(settings | comparison.to_dict())
+        facts = {"run": run, "against": against, "against_system": system}
+        echo_json(facts | opened_judge.provenance() | comparison.to_dict())
         return
-    make_console().print(_table(comparison, against or "its reference"))
+    make_console().print(_table(comparison, _describe(against, system)))
+
+
+def _read_system(text: str | None) -> str | None:
+    """Return the opponent's system prompt.
+
+    Raises:
+        ConfigError: the file cannot be read, or the system prompt is empty.
+    """
+    system = None if text is None else read_system_prompt(text)
+    if system is not None and not system.strip():
+        raise ConfigError("`against_system` is empty; write a system prompt")
+    return system
+
+
+def _describe(against: str | None, system: str | None) -> str:
+    """Return the opponent's name for a title; different system prompts have different names."""
+    name = against or "its reference"
+    if system is None:
+        return name
+    line = " ".join(system.split())
+    if len(line) > MAX_SYSTEM:
+        line = f"{line[:MAX_SYSTEM]}…” ({sha256(system.encode()).hexdigest()[:8]})"
+        return f"{name} with the system prompt “{line}"
+    return f"{name} with the system prompt “{line}”"
 
 
 def _answer_with_both(
     run: str,
     sampling: "Sampling",
     prompts: str | None,
-    against: str | None,
+    opponent: tuple[str | None, str | None],
     connection: "Connection",
 ) -> "AnswersOfBoth":
     """Generate the answers that a person judges, and print the notes of loading the models."""
     from mlx_dpo.evaluation.winrate import answer_with_both
 
-    both = answer_with_both(run, sampling, prompts=prompts, against=against, connection=connection)
+    against, system = opponent
+    both = answer_with_both(
+        run,
+        sampling,
+        prompts=prompts,
+        against=against,
+        against_system=system,
+        connection=connection,
+    )
     for note in both.notes:
         echo(note, err=True)
     return both

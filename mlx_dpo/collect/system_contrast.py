@@ -5,17 +5,16 @@ context distillation (Askell et al. 2021, arXiv:2112.00861) by preferences.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mlx_dpo.collect.ordered_pairs import PairRule
 from mlx_dpo.collect.sample import make_answer
 from mlx_dpo.collect.session import Answer
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.prompts import Prompt, add_system_prompt
+from mlx_dpo.data.prompts import Prompt, prepend_system_prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.saved_runs.respond import reply_without_thinking, response_provenance, with_chunk_seed
-from mlx_dpo.types import Message
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,5 @@ class SystemContrast:
 
 
 def put_before(prompt: Prompt, system: str | None) -> Prompt:
-    """Return the prompt under a system prompt, which goes before its own system message."""
-    first = prompt.messages[0]
-    if system is None or first["role"] not in ("system", "developer"):
-        return add_system_prompt([prompt], system)[0]
-    joined: Message = {**first, "content": f"{system}\n\n{first['content']}"}
-    return replace(prompt, messages=(joined, *prompt.messages[1:]))
+    """Return the prompt under a system prompt, or as it is without one."""
+    return prompt if system is None else prepend_system_prompt(prompt, system)

@@ -119,6 +119,15 @@ def add_system_prompt(prompts: Iterable[Prompt], system: str | None) -> list[Pro
     ]
 
 
+def prepend_system_prompt(prompt: Prompt, system: str) -> Prompt:
+    """Return the prompt under a system prompt, which goes before its own system message."""
+    first = prompt.messages[0]
+    if first["role"] not in ("system", "developer"):
+        return add_system_prompt([prompt], system)[0]
+    joined: Message = {**first, "content": f"{system}\n\n{first['content']}"}
+    return replace(prompt, messages=(joined, *prompt.messages[1:]))
+
+
 def row_to_prompt(row: Row) -> Prompt:
     """Return the prompt of a row; for a pair it is the prompt that training uses.
 

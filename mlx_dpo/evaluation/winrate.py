@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
+from mlx_dpo.data.prompts import (
+    Prompt,
+    add_system_prompt,
+    prepend_system_prompt,
+    read_prompts,
+)
+from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import NO_VERDICT, check_verdicts
 from mlx_dpo.evaluation.rewards import (
     LOSS,
@@ -20,12 +26,13 @@ from mlx_dpo.evaluation.rewards import (
     Ranking,
     common_score,
 )
+from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.openai_api.address import is_address
 from mlx_dpo.openai_api.connection import Connection
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
-from mlx_dpo.saved_runs.respond import open_any_responder, open_responder
+from mlx_dpo.saved_runs.respond import ModelResponder, open_any_responder, open_responder
 
 Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LENGTH_RIDGE = 1.0  # ridge penalty on the weight of the length, in units of its standard deviation
@@ -222,6 +229,7 @@ def compare_policies(
     *,
     prompts: str | None,
     against: str | None,
+    against_system: str | None = None,
     connection: Connection | None = None,
 ) -> PairwiseComparison:
     """Let a judge compare the answers of a run's policy with those of an opponent.
@@ -232,7 +240,14 @@ def compare_policies(
         ConfigError: no prompts were held out, or the judge gives no verdict.
         RunError, ModelError, DataError: a run, a model or the prompts cannot be read.
     """
-    both = answer_with_both(run, sampling, prompts=prompts, against=against, connection=connection)
+    both = answer_with_both(
+        run,
+        sampling,
+        prompts=prompts,
+        against=against,
+        against_system=against_system,
+        connection=connection,
+    )
     comparison = compare_pairwise(judge, both.prompts, both.answers, both.opponent_answers)
     return replace(comparison, notes=both.notes)
 
@@ -243,6 +258,7 @@ def answer_with_both(
     *,
     prompts: str | None,
     against: str | None,
+    against_system: str | None = None,
     connection: Connection | None = None,
 ) -> AnswersOfBoth:
     """Let a run's policy and an opponent answer prompts, one after the other.
@@ -251,8 +267,12 @@ def answer_with_both(
     `against` is None; else `against` names a run, a model or an address. Without `prompts`, the
     run's held-out prompts are used.
 
+    With `against_system`, the opponent answers under this system prompt instead of the run's; it
+    goes before the system message of a prompt that has its own.
+
     Raises:
-        ConfigError: no prompts were held out.
+        ConfigError: no prompts were held out, or the opponent's chat template leaves out the system
+            prompt.
         RunError, ModelError, DataError: a run, a model or the prompts cannot be read.
     """
     # An address takes no memory, and may be wrong.
@@ -262,13 +282,18 @@ def answer_with_both(
         prompt_list = held_out_prompts(open_run(run), policy.base)
     else:
         prompt_list = read_prompts(prompts)
+    opponent_prompts = prompt_list
     prompt_list = add_system_prompt(prompt_list, policy.system)
     answers, notes = _answer_texts(policy, prompt_list, sampling), policy.notes
     notes += _context_notes(policy, prompt_list, sampling)
     del policy
     opponent = at_address or _open_opponent(run, against)
-    opponent_answers = _answer_texts(opponent, prompt_list, sampling)
-    more = (*opponent.notes, *_context_notes(opponent, prompt_list, sampling))
+    if against_system is None:
+        opponent_prompts = prompt_list
+    else:
+        opponent_prompts = _with_system_prompt(opponent, opponent_prompts, against_system)
+    opponent_answers = _answer_texts(opponent, opponent_prompts, sampling)
+    more = (*opponent.notes, *_context_notes(opponent, opponent_prompts, sampling))
     notes += tuple(note for note in more if note not in notes)
     del opponent
     return AnswersOfBoth(prompt_list, answers, opponent_answers, notes)
@@ -277,6 +302,28 @@ def answer_with_both(
 def _open_opponent(run: str, against: str | None) -> Responder:
     """Load the run or model `against`, or the reference of `run` if it is None."""
     return open_responder(run, reference=True) if against is None else open_any_responder(against)
+
+
+def _with_system_prompt(
+    opponent: Responder, prompts: Sequence[Prompt], system: str
+) -> list[Prompt]:
+    """Return the prompts under a system prompt.
+
+    Raises:
+        ConfigError: the chat template leaves out system messages.
+    """
+    changed = [prepend_system_prompt(prompt, system) for prompt in prompts]
+    if isinstance(opponent, ModelResponder):
+        tokenizer = opponent.base.tokenizer
+        before, after = (
+            encode_prompt(tokenizer, prompt.messages) for prompt in (prompts[0], changed[0])
+        )
+        if before == after:
+            raise ConfigError(
+                f"{opponent.base.source}: its chat template leaves out system messages, so "
+                "`against_system` has no effect"
+            )
+    return changed
 
 
 def _answer_texts(policy: Responder, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:

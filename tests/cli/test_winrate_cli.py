@@ -122,3 +122,77 @@ def test_invalid_settings_give_a_one_line_error(folder, more, message):
     result = run(folder, *GREEDY, *more)
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr.splitlines()[-1]
+
+
+def answers_under(folder, system, prompts):
+    model, tokenizer = mlx_lm.load(str(folder / "base"))
+    conversations = [
+        [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        for text in prompts
+    ]
+    sampling = Sampling(max_tokens=8)
+    return generate_batch(model, tokenizer, conversations, sampling=sampling, context=None)
+
+
+def test_the_opponent_is_the_reference_under_a_system_prompt(folder):
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    file = folder / "system.txt"
+    file.write_text("Be the cat on the mat.\n")
+    words = [str(folder / "prompts.txt"), *reward(folder), *GREEDY, "--json"]
+    figures = [
+        json.loads(run(folder, *words, "--against-system", text).stdout)
+        for text in ("Be the cat on the mat.", str(file), f"@{file}")
+    ]
+    assert figures[0] == figures[1] == figures[2]
+    assert figures[0]["against_system"] == "Be the cat on the mat."
+    base = answers_under(folder, "Be the cat on the mat.", prompts)
+    assert base != answers(folder, prompts)  # the system prompt changes something
+    aligned = answers(folder, prompts, folder / "run")  # without the system prompt
+    lengths = [sum(map(len, texts)) / 3 for texts in (aligned, base)]
+    assert figures[0]["mean_rewards"] == pytest.approx(lengths)
+
+
+def test_a_prompt_keeps_its_own_system_message_below_the_opponents(folder):
+    turns = [{"role": "system", "content": "Be a hat."}, {"role": "user", "content": "Why?"}]
+    file = folder / "own.jsonl"
+    file.write_text(json.dumps({"prompt": turns}) + "\n")
+    system = ("--against-system", "Be a cat.")
+    result = run(folder, str(file), *reward(folder), *GREEDY, "--json", *system)
+    assert result.exit_code == 0, result.output
+    [answer] = answers_under(folder, "Be a cat.\n\nBe a hat.", ["Why?"])
+    assert json.loads(result.stdout)["mean_rewards"][1] == len(answer)
+
+
+def test_the_title_names_the_system_prompt(folder):
+    words = [*reward(folder), *GREEDY, "--against-system"]
+    shown = run(folder, *words, "Be a cat.").stdout
+    assert "against its reference with the system prompt “Be a cat.”" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ("no-such.txt", "no-such.txt: no such file"),
+        ("@gone", "gone: no such file"),
+        (" ", "`against_system` is empty"),
+    ],
+)
+def test_a_wrong_system_prompt_is_one_line(folder, system, message):
+    result = run(folder, *reward(folder), "--against-system", system)
+    assert result.exit_code == 1
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_a_template_without_system_messages_is_refused(folder, tmp_path):
+    base = make_checkpoint(tmp_path / "base")
+    template = base / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text(
+        text.replace("<|{{", "{%- if message.role != 'system' -%}<|{{").replace(
+            "{%- endfor -%}", "{%- endif -%}{%- endfor -%}"
+        )
+    )
+    against = ("--against", str(base), "--against-system", "Be a cat.")
+    result = run(folder, *reward(folder), *GREEDY, *against)
+    assert result.exit_code == 1
+    assert "its chat template leaves out system messages" in result.stderr.splitlines()[-1]

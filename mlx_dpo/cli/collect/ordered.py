@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -17,6 +16,7 @@ from mlx_dpo.cli.collect.results import (
 )
 from mlx_dpo.cli.command import FILE, FOLDER
 from mlx_dpo.cli.output import echo
+from mlx_dpo.cli.system_prompt import read_system_prompt
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -256,8 +256,8 @@ def _read_systems(flags: OrderedFlags, sampling: Sampling) -> Opener:
     from mlx_dpo.evaluation.judge import open_judge
 
     systems = SystemPrompts(
-        _read_system(flags.system_chosen or ""),
-        flags.system_rejected and _read_system(flags.system_rejected),
+        read_system_prompt(flags.system_chosen or ""),
+        flags.system_rejected and read_system_prompt(flags.system_rejected),
     )
 
     def open_method(
@@ -289,24 +289,3 @@ def _name_teacher(flags: OrderedFlags, sampling: Sampling) -> Opener:
         return TeacherContrast(responder, teacher, sampling), TEACHER_RULE, judge
 
     return open_method
-
-
-def _read_system(text: str) -> str:
-    """Return a system prompt: a text, or the content of a file that `text` names, as `@` may say.
-
-    Raises:
-        ConfigError: there is no file of the name after `@`, or it cannot be read.
-    """
-    named = text.removeprefix("@")
-    if named == text and not _is_file(text):
-        return text
-    from mlx_dpo.io.bounded import read_text
-
-    return read_text(Path(named).expanduser(), ConfigError, accept_pipe=True).strip()
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).expanduser().is_file()
-    except (OSError, RuntimeError, ValueError):  # a long text, or one with `~` or NUL, is no name
-        return False
