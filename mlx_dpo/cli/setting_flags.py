@@ -15,6 +15,8 @@ from mlx_dpo.config.setting import Setting, parse_value
 from mlx_dpo.config.yaml_file import read_yaml
 from mlx_dpo.errors import ConfigError
 
+STAGE_KEYS = ("stages", "sft")  # keys of a YAML file of `train` that are no settings
+FILE_SETTINGS = "mlx_dpo.file_settings"  # key of a context's notes
 CommandFunction = Callable[..., Any]
 SHORT_FLAGS = {"model": ("-m",), "output": ("-o",), "learning_rate": ("--lr",)}
 SHOWS_ALL = "mlx_dpo.help_all"  # key of `ctx.meta`
@@ -194,14 +196,19 @@ def _type_of(spec: Setting) -> Any:
     return spec.type
 
 
-def read_settings(path: str) -> dict[str, Any]:
+def read_settings(path: str, others: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read settings from a YAML file.
+
+    Args:
+        path: the file.
+        others: names that are no settings, and that the caller reads.
 
     Raises:
         ConfigError: the file cannot be read, does not map names to values, has unknown names, or
             has a value that does not fit its setting.
     """
     values = read_yaml(path)
+    given = {name: values.pop(name) for name in others if name in values}
     try:
         check_setting_names(values)
     except ConfigError as error:
@@ -214,7 +221,24 @@ def read_settings(path: str) -> dict[str, Any]:
             parse_value(name, value, known[name])
         except ConfigError as error:
             raise ConfigError(f"{path}:{values.lines[name]}: {error}") from error
-    return dict(values)
+    return dict(values) | given
+
+
+def file_settings(ctx: click.Context, config_file: str | None) -> dict[str, Any]:
+    """Return the settings in the YAML file of a command, which may be a pipe and is read once.
+
+    Those of `train` may have the names in `STAGE_KEYS`.
+
+    Raises:
+        ConfigError: as `read_settings`.
+    """
+    if config_file is None:
+        return {}
+    known: dict[str, Any] = ctx.meta.setdefault(FILE_SETTINGS, {})
+    if config_file not in known:
+        has_stages = any(parameter.name == STAGE_KEYS[0] for parameter in ctx.command.params)
+        known[config_file] = read_settings(config_file, STAGE_KEYS if has_stages else ())
+    return dict(known[config_file])
 
 
 def resolve(
@@ -228,7 +252,7 @@ def resolve(
         ConfigError: a setting is not valid.
         click.UsageError: required settings are missing.
     """
-    values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
+    values = file_settings(ctx, config_file) | typed_settings(ctx, flags)
     if resume:
         values = _recorded_settings(values) | values
     check_none_missing(ctx, values, flags)
@@ -244,7 +268,7 @@ def find_local_inputs(
     ctx: click.Context, config_file: str | None, flags: dict[str, Any]
 ) -> list[str]:
     """Return the files and folders of this machine that the settings name, but for the output."""
-    values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
+    values = file_settings(ctx, config_file) | typed_settings(ctx, flags)
     if values.get("output") and ctx.params.get("resume"):
         values = _recorded_settings(values) | values
     inputs: list[str] = []
@@ -293,7 +317,8 @@ def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: there is no `output`, and not one unfinished run in `runs/`.
         RunError: there is neither a run to resume nor pairs for a new one.
     """
-    from mlx_dpo.runs.folder import RunPaths, find_run, read_record
+    from mlx_dpo.runs.folder import RunPaths, read_record
+    from mlx_dpo.runs.stages.find import find_run
 
     output = str(values.get("output") or "")
     if not output:

@@ -18,6 +18,14 @@ from mlx_dpo.cli.setting_flags import (
     resolve,
     setting_flags,
 )
+from mlx_dpo.cli.stages import (
+    StageDisplay,
+    check_alone,
+    pop_stages,
+    resolve_stages,
+    stages_flags,
+    train_stages,
+)
 from mlx_dpo.cli.start_ranks import start_ranks
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.distributed.environment import find_rank
@@ -30,6 +38,7 @@ from mlx_dpo.errors import ConfigError, DPOError
         "mlx-dpo train pairs.jsonl --model mlx-community/Qwen3-0.6B-4bit",
         "mlx-dpo train pairs.jsonl --model model -o run --epochs 2 --lr 2e-5",
         "mlx-dpo train pairs.jsonl --model model -o run --live",
+        "mlx-dpo train pairs.jsonl --model model -o run --stages sft,dpo",
         "mlx-dpo train --config settings.yaml",
         "mlx-dpo train --resume --output run",
     ),
@@ -44,6 +53,7 @@ from mlx_dpo.errors import ConfigError, DPOError
 )
 @click.option("--live", is_flag=True, help="Show the report in the browser while training.")
 @click.option("--no-open", is_flag=True, help="With --live: only print the page's address.")
+@stages_flags
 @ranks_flags
 @rank_timeout_flag
 @setting_flags(lambda spec: True)
@@ -68,15 +78,21 @@ def train(
     --live the report is served on this machine until training ends; the browser keeps it.
     """
     live, no_open = flags.pop("live"), flags.pop("no_open")
-    wanted = RanksFlags.pop(flags)
+    if no_open and not live:
+        raise ConfigError("`--no-open` has no effect without --live")
+    wanted, stage_flags = RanksFlags.pop(flags), pop_stages(flags)
+    stages = resolve_stages(ctx, config_file, resume, flags, stage_flags)
+    if stages is not None:
+        check_alone(wanted, overwrite=overwrite)
+        display = StageDisplay(verbose=verbose, live=live, opens_browser=not no_open)
+        train_stages(stages, display, resume=resume, force=force)
+        return
     start_ranks(
         wanted,
         flags["pairs"],
         lambda: find_local_inputs(ctx, config_file, flags),
         keeps_awake=flags["caffeinate"],
     )
-    if no_open and not live:
-        raise ConfigError("`--no-open` has no effect without --live")
 
     options = (resume, overwrite, force)
     if find_rank(os.environ) is None:

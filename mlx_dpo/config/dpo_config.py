@@ -6,7 +6,7 @@ setting, else mlx-lm's.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ PRIVATE_SETTINGS = frozenset(
 # Settings that a run chooses if they are not set, when model and pairs are known.
 CHOSEN_BY_RUN = ("learning_rate", "max_length", "group_by_prompt")
 
+# LoRA settings that a run has of its own if it continues another adapter.
+FREE_LORA_SETTINGS = ("lora_dropout", "start_adapter")
 
 IN_MEMORY = {"pairs": "train_dataset", "valid": "eval_dataset"}  # arguments of DPOTrainer
 
@@ -248,6 +250,17 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             if changes_result and getattr(self, name) != getattr(other, name):
                 return name
         return None
+
+    def starting_from(self, folder: str) -> "DPOConfig":
+        """Return the settings that continue the adapter in `folder`, with its LoRA settings.
+
+        Raises:
+            ConfigError: the settings contradict `start_adapter`.
+        """
+        known = get_settings()
+        inherited = [f.name for f in fields(LoRASettings) if f.name not in FREE_LORA_SETTINGS]
+        defaults: dict[str, Any] = {name: known[name].default for name in inherited}
+        return replace(self, **defaults, start_adapter=folder)
 
 
 def check_setting_names(values: Mapping[str, Any]) -> None:

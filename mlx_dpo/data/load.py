@@ -56,7 +56,8 @@ def load_pairs(
 
 def check_settings_used(rules: TokenRules, rows: RowRules, reports: Sequence[PairsReport]) -> None:
     """Raise `ConfigError` for a setting that had no effect on any pair of any source."""
-    schemas = [SCHEMAS[name] for report in reports for name in report.schemas]
+    names = {name for report in reports for name in report.schemas}
+    schemas = [schema for name, schema in SCHEMAS.items() if name in names]
     if rows.ranked is not None and not any(schema.has_ranks for schema in schemas):
         raise ConfigError("`ranked` has no effect; no row is a list of rated completions")
     if rows.pair_labelled and not any(schema.has_labels for schema in schemas):

@@ -23,7 +23,6 @@ from mlx_dpo.errors import ConfigError, DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json, verify_file
 from mlx_dpo.io.locks import lock_file
-from mlx_dpo.models.files import MODEL_FOLDER
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.runs.inputs import Inputs
 
@@ -218,25 +217,6 @@ def remove_run(paths: RunPaths) -> None:
     paths.metrics.unlink(missing_ok=True)
     paths.samples.unlink(missing_ok=True)
     paths.record.unlink(missing_ok=True)
-
-
-def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
-    """Return the paths and the run record (content of `run.json`) of the run in `folder`.
-
-    Raises:
-        RunError: the folder is not a run folder.
-        DamagedFileError: the run is finished, and one of its files is missing or damaged.
-    """
-    paths = RunPaths(Path(folder).expanduser())
-    record = read_record(paths)
-    if record is None:
-        why = "no `run.json`" if paths.folder.is_dir() else "no such folder"
-        if (paths.folder / "config.json").is_file():
-            raise RunError(f"{folder}: {MODEL_FOLDER}")
-        raise RunError(f"{folder}: not a run folder ({why}); train one with `mlx-dpo train`")
-    if record["state"] == "finished":
-        check_finished_files(paths, record)
-    return paths, record
 
 
 def check_run_folder(paths: RunPaths) -> None:

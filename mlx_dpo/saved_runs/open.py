@@ -17,8 +17,9 @@ from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
-from mlx_dpo.runs.folder import RunPaths, check_provenance, find_run, recorded_day
+from mlx_dpo.runs.folder import RunPaths, check_provenance, recorded_day
 from mlx_dpo.runs.inputs import load_configured_base
+from mlx_dpo.runs.stages.find import find_run
 from mlx_dpo.training import checkpoint
 from mlx_dpo.units import format_bytes
 

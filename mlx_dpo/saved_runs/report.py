@@ -13,7 +13,8 @@ from mlx_dpo.reporting.evaluations.shown_result import ShownResult, show_result
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.reporting.run_page import RunDetails, render_run_page
 from mlx_dpo.reporting.samples import read_samples
-from mlx_dpo.runs.folder import CURVES, RunPaths, find_run
+from mlx_dpo.runs.folder import CURVES, RunPaths
+from mlx_dpo.runs.stages.find import find_run
 from mlx_dpo.saved_runs.details import LoggedRun, describe_run, differing_settings
 from mlx_dpo.saved_runs.open import open_run
 from mlx_dpo.saved_runs.stored_evaluations import read_present_evaluations

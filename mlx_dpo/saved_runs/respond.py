@@ -25,8 +25,8 @@ from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.openai_api.address import is_address
 from mlx_dpo.openai_api.connection import Connection
 from mlx_dpo.openai_api.responder import open_api_responder
-from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.inputs import load_trainable_base
+from mlx_dpo.runs.stages.find import has_run
 from mlx_dpo.saved_runs.open import load_policy, open_run
 from mlx_dpo.types import Message
 
@@ -125,7 +125,7 @@ def open_any_responder(
     """
     if is_address(spec):
         return open_api_responder(spec, connection, sends=sends)
-    if RunPaths(Path(spec).expanduser()).record.is_file():
+    if has_run(spec):
         return open_responder(spec)
     return open_responder(None, model=spec)
 

@@ -14,7 +14,8 @@ from mlx_dpo.errors import DamagedFileError, RunError
 from mlx_dpo.io.checksums import DIGEST
 from mlx_dpo.io.notices import notify_once
 from mlx_dpo.reporting.metrics_log import read_metrics
-from mlx_dpo.runs.folder import RunPaths, find_run, read_record
+from mlx_dpo.runs.folder import RunPaths, read_record
+from mlx_dpo.runs.stages.find import find_run
 from tests.damaged_files import damage
 from tests.edited_files import edit, read_entries
 from tests.runs.train_helper import train, weights

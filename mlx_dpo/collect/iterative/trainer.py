@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -28,8 +28,7 @@ from mlx_dpo.collect.iterative.page import render_loop_page
 from mlx_dpo.collect.iterative.report import round_page, summary_page
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.sample import count_outcomes, count_truncated
-from mlx_dpo.config.dpo_config import DPOConfig, get_settings
-from mlx_dpo.config.model import LoRASettings
+from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError
@@ -44,9 +43,6 @@ from mlx_dpo.runs.trainer import DPOTrainer
 from mlx_dpo.saved_runs.respond import ModelResponder, open_responder, open_untrained_responder
 from mlx_dpo.training.monitor.samples import find_collapse
 from mlx_dpo.training.monitor.verdict import Verdict
-
-# LoRA settings that stay; later rounds take the other ones from the adapter they start from.
-FREE_LORA_SETTINGS = ("lora_dropout", "start_adapter")
 
 
 class IterativeDPO:
@@ -200,12 +196,10 @@ class IterativeDPO:
         if self.config.has_run_name:
             changes["run_name"] = f"{run_name(self.config)}-{paths.folder.name}"
         if round_number > 1:
-            known = get_settings()
-            inherited = [f.name for f in fields(LoRASettings) if f.name not in FREE_LORA_SETTINGS]
-            changes |= {name: known[name].default for name in inherited}
-            changes["start_adapter"] = str(self.paths.round(round_number - 1).run.folder)
             if self.settings.reference == "base":
                 changes["reference_model"] = self.config.model
+            earlier = str(self.paths.round(round_number - 1).run.folder)
+            return replace(self.config, **changes).starting_from(earlier)
         return replace(self.config, **changes)
 
     def evaluate(self, round_number: int) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Training in stages: instruction tuning, then preferences, each stage a run of its own."""

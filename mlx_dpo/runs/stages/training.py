@@ -1,0 +1,144 @@
+"""Training in stages in one folder, which can be resumed wherever it was stopped or killed."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mlx_dpo.distributed.environment import find_rank
+from mlx_dpo.errors import ConfigError, RunError, reason
+from mlx_dpo.io.atomic import is_temporary, write_file
+from mlx_dpo.io.checksums import read_checked_json, to_checked_json
+from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record
+from mlx_dpo.runs.stages.find import STAGES_RECORD
+from mlx_dpo.runs.stages.settings import Stage, StageSettings
+
+
+class StagedTraining:
+    """Instruction tuning, then training on preferences. The caller trains each stage:
+
+        with StagedTraining(settings) as training:
+            for number, stage in training.stages():
+                with DPOTrainer(stage.config, resume=True) as trainer: …
+
+    Each stage is a whole run in a folder of its own. The next stage is found from the runs' files
+    alone, so that the program can be killed at any moment.
+
+    Args:
+        settings: the settings of the stages, as given.
+        resume: continue the stages in the output folder.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+    """
+
+    def __init__(self, settings: StageSettings, *, resume: bool = False) -> None:
+        if find_rank(os.environ) is not None:
+            raise ConfigError("`stages` run in one process; train one after the other with ranks")
+        self.settings, self.resume = settings, resume
+        self.all_stages = settings.stages()
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._check_folder()
+        with ExitStack() as stack:
+            stack.enter_context(lock_folder(RunPaths(self.settings.output)))
+            self._start_or_resume()
+            self._resources = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._resources.close()
+
+    def stages(self) -> Iterator[tuple[int, Stage]]:
+        """Yield number (from 1) and stage of those that are not finished.
+
+        Train each before asking for the next one.
+
+        Raises:
+            RunError: a stage was not finished.
+        """
+        for number, stage in enumerate(self.all_stages, start=1):
+            if not is_finished(stage):
+                yield number, stage
+            if not is_finished(stage):
+                raise RunError(f"{stage.config.output}: the stage `{stage.name}` is not finished")
+
+    def _check_folder(self) -> None:
+        """Raise `RunError` if the folder has other files, or stages that are not to be resumed."""
+        folder = self.settings.output
+        if (folder / STAGES_RECORD).is_file():
+            if not self.resume:
+                advice = "add --resume to continue them, or choose another --output"
+                raise RunError(f"{folder}: holds stages; {advice}")
+            return
+        found = folder.iterdir() if folder.is_dir() else ()
+        # A process that was killed at once leaves its lock and a temporary file.
+        others = {path.name for path in found if not is_temporary(path)}
+        if others := others - {RunPaths(folder).lock.name}:
+            raise RunError(
+                f"{folder}: not empty and without stages (found `{min(others)}`); choose another "
+                "--output"
+            )
+
+    def _start_or_resume(self) -> None:
+        """Write the record of the stages, or check that a resumed training has the same settings.
+
+        Raises:
+            RunError: all stages are finished, or have other settings.
+        """
+        folder = self.settings.output
+        if (earlier := read_stages(folder)) is not None:
+            self._check_unchanged(earlier)
+        record = json.loads(json.dumps(self.settings.to_dict()))
+        write_file(folder / STAGES_RECORD, to_checked_json(record), durable=True)
+
+    def _check_unchanged(self, earlier: StageSettings) -> None:
+        """Raise `RunError` if all stages are finished, or if a setting differs from `earlier`."""
+        folder = self.settings.output
+        if all(map(is_finished, self.all_stages)):
+            last = self.all_stages[-1].config.output
+            raise RunError(
+                f"{folder}: all stages are finished; to train further: --start-adapter {last}, "
+                "with another --output"
+            )
+        for before, now in zip(earlier.stages(), self.all_stages, strict=True):
+            name = before.config.find_difference(now.config)
+            if before.name != now.name or name is not None:
+                raise RunError(
+                    f"{folder}: the stage `{before.name}` began with another `{name or 'stages'}`; "
+                    "resume with the same settings, or choose another --output"
+                )
+
+
+def is_finished(stage: Stage) -> bool:
+    """Return whether the run of a stage is finished."""
+    record = read_record(RunPaths(Path(stage.config.output)))
+    return record is not None and record["state"] == "finished"
+
+
+def read_stages(folder: Path) -> StageSettings | None:
+    """Read the settings of the stages in a folder; None if the folder has no stages.
+
+    Raises:
+        RunError: the record is damaged, or not one of stages.
+    """
+    path = folder.expanduser() / STAGES_RECORD
+    if not os.path.lexists(path):
+        return None
+    record: dict[str, Any] = read_checked_json(path)[0]
+    try:
+        values = dict(record["settings"]) | {"output": str(folder)}
+        settings = StageSettings(tuple(record["stages"]), values, dict(record["sft"]))
+        settings.stages()
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(f"{path}: not a record of stages ({reason(error)})") from error
+    return settings
