@@ -11,7 +11,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 DTYPES = ("float32", "bfloat16", "float16")
 FUSE_TARGETS = ("mlx", "hf", "lmstudio", "ollama")
-GGUF_TYPES = ("f16", "q8_0", "q6_k", "q4_k_m", "q4_0")  # those that MLX reads back
+GGUF_TYPES = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")  # of llama-quantize
 DEFAULT_GGUF_TYPE = "q8_0"
 
 

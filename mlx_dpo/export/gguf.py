@@ -1,8 +1,9 @@
 """Write GGUF files with llama.cpp's own programs, and measure what their quantization keeps.
 
 llama.cpp's converter knows the tokenizers and the layouts of its architectures, so it is run as it
-is. Its quantized file cannot be run by MLX. It is measured by its values: the rows of the quantized
-matrices are read back and put into a copy of the checkpoint.
+is. MLX cannot run its quantized file, so the file is measured by its values: the rows of the
+quantized matrices are read back, by llama.cpp's package `gguf`, and put into a copy of the
+checkpoint. MLX reads GGUF files, too, but in MLX 0.32.4 its values of Q4_K are wrong.
 """
 
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
 
 from mlx_dpo.adapters.hf_checkpoint import local_checkpoint
 from mlx_dpo.errors import ConfigError, ModelError, reason
@@ -23,8 +26,6 @@ from mlx_dpo.io.atomic import atomic_file
 from mlx_dpo.startup.jit_cache import user_environment
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
-BLOCK = 32  # values that share a scale in Q8_0, Q4_0 and Q4_1
-WORD = 32  # bits of the integers in which MLX packs values
 ROWS = 65536  # rows that are hashed at a time
 
 
@@ -149,19 +150,27 @@ def write_rounded_checkpoint(folder: Path, checkpoint: Path, plain: Path, quanti
         quantized: the GGUF file that was made of `plain`.
 
     Raises:
-        ModelError: a quantized row is not a row of the checkpoint, or MLX cannot read the type.
+        ModelError: a quantized row is not a row of the checkpoint.
     """
     files = local_checkpoint(checkpoint, str(checkpoint))
     rows = _CheckpointRows(files.tensors())
-    before, after = _read_gguf(plain), _read_gguf(quantized)
-    for name, value in before.items():
-        is_rounded = value.ndim >= 2 and not mx.array_equal(value, after[name])
-        if is_rounded and not rows.replace(value, after[name]):
+    after = {tensor.name: tensor for tensor in GGUFReader(quantized).tensors}
+    for tensor in GGUFReader(plain).tensors:
+        before, rounded = _values(tensor), _values(after[tensor.name])
+        if before.ndim < 2 or np.array_equal(before, rounded):
+            continue
+        if not rows.replace(before, rounded):
             raise ModelError(
                 f"{quantized}: cannot be measured, because the converter wrote other values "
-                f"for `{name}` than the checkpoint has; use --gguf-type f16"
+                f"for `{tensor.name}` than the checkpoint has; use --gguf-type f16"
             )
     write_hf(folder, rows.changed(), files, keep_dtype=False)
+
+
+def _values(tensor: ReaderTensor) -> np.ndarray:
+    """Return the values of a tensor of a GGUF file in float32, in the order of PyTorch's axes."""
+    shape = tensor.shape[::-1].tolist()  # GGUF names the innermost axis first
+    return np.asarray(dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
 
 
 class _CheckpointRows:
@@ -175,10 +184,10 @@ class _CheckpointRows:
             for index, digest in enumerate(_row_digests(value)):
                 self._places.setdefault(digest, []).append((name, index))
 
-    def replace(self, old: mx.array, new: mx.array) -> bool:
+    def replace(self, old: np.ndarray, new: np.ndarray) -> bool:
         """Replace the rows of `old` by those of `new`; return whether all of them were found."""
-        rows = np.array(new.reshape(-1, new.shape[-1]))
-        for row, digest in zip(rows, _row_digests(old), strict=True):
+        rows = new.reshape(-1, new.shape[-1])
+        for row, digest in zip(rows, _row_digests(mx.array(old)), strict=True):
             if digest not in self._places:
                 return False
             for name, index in self._places[digest]:
@@ -207,29 +216,3 @@ def _row_digests(value: mx.array) -> Iterator[bytes]:
         chunk = np.array(rows[start : start + ROWS].astype(mx.float16))
         for row in chunk:
             yield blake2b(row.tobytes(), digest_size=16).digest()
-
-
-def _read_gguf(path: Path) -> Arrays:
-    """Return the tensors of a GGUF file in float16 or float32, by name and read lazily.
-
-    Raises:
-        ModelError: MLX cannot read a type of the file.
-    """
-    try:
-        arrays = mx.load(str(path), format="gguf")
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"{path}: cannot be measured, because MLX does not read it ({reason(error)}); use "
-            "--gguf-type q8_0"
-        ) from error
-    assert isinstance(arrays, dict)
-    tensors: Arrays = {}
-    for name, value in arrays.items():
-        stem = name.removesuffix(".weight")
-        if f"{stem}.scales" in arrays and name.endswith(".weight"):
-            scales, biases = arrays[f"{stem}.scales"], arrays[f"{stem}.biases"]
-            bits = value.shape[-1] * WORD // (scales.shape[-1] * BLOCK)
-            tensors[name] = mx.dequantize(value, scales, biases, group_size=BLOCK, bits=bits)
-        elif not name.endswith((".scales", ".biases")):
-            tensors[name] = value
-    return tensors

@@ -5,9 +5,10 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.export.gguf import _read_gguf, find_quantizer, write_rounded_checkpoint
+from mlx_dpo.export.gguf import find_quantizer, write_rounded_checkpoint
 
 HALF = np.float16
 
@@ -81,45 +82,28 @@ def test_rows_that_the_checkpoint_has_not_are_refused(files):
     assert not list((folder / "rounded").iterdir())
 
 
-def q8_0(values):
-    """Return rows of 32 values as llama.cpp stores Q8_0: a float16 scale, then 32 integers."""
-    data = b""
-    for block in values.reshape(-1, 32):
-        scale = HALF(np.abs(block).max() / 127)
-        data += scale.tobytes() + np.round(block / np.float32(scale)).astype(np.int8).tobytes()
-    return data
-
-
-def test_q8_0_is_read_back_by_its_formula(tmp_path):
-    """A file of one tensor, written byte by byte: value = scale times integer."""
-    values = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
-    data = q8_0(values)
-    name = b"blk.0.attn_q.weight"
-
-    def text(value):
-        return len(value).to_bytes(8, "little") + value
-
-    def number(value, size):
-        return value.to_bytes(size, "little")
-
-    key = text(b"general.alignment") + number(4, 4) + number(32, 4)
-    tensor = text(name) + number(2, 4) + number(64, 8) + number(4, 8) + number(8, 4) + number(0, 8)
-    header = b"GGUF" + number(3, 4) + number(1, 8) + number(1, 8) + key + tensor
-    path = tmp_path / "q8.gguf"
-    path.write_bytes(header + bytes(-len(header) % 32) + data)
-    [(found_name, found)] = _read_gguf(path).items()
-    blocks = values.reshape(-1, 32)
-    scales = (np.abs(blocks).max(axis=1, keepdims=True) / 127).astype(HALF).astype(np.float32)
-    expected = (np.round(blocks / scales) * scales).reshape(4, 64)
-    assert found_name == name.decode()
-    np.testing.assert_allclose(np.array(found.astype(mx.float32)), expected, atol=2e-3)
-    assert np.abs(np.array(found.astype(mx.float32)) - values).max() > 1e-3  # quantized indeed
-
-
-def test_a_file_that_mlx_cannot_read_is_one_line(tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"x\.gguf: cannot be measured, because MLX does not read"):
-        _read_gguf(tmp_path / "x.gguf")
+def test_a_quantized_type_is_read_as_llama_cpp_reads_it(files):
+    """Q8_0 by its formula: a float16 scale for each 32 values, max |value| / 127, and integers."""
+    folder, tensors = files
+    half = {name: value.astype(HALF) for name, value in tensors.items()}
+    write(folder / "plain.gguf", half)
+    scales = (np.abs(half["k"].astype(np.float32)).max(axis=1, keepdims=True) / 127).astype(HALF)
+    integers = np.round(half["k"] / scales.astype(np.float32)).astype(np.int8)
+    packed = np.concatenate([scales.view(np.uint8), integers.view(np.uint8)], axis=1)
+    writer = GGUFWriter(folder / "quantized.gguf", "llama")
+    for name, value in half.items():
+        raw = {"raw_dtype": GGMLQuantizationType.Q8_0} if name == "k" else {}
+        writer.add_tensor(name, packed if name == "k" else value, **raw)
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    write_rounded_checkpoint(
+        folder / "rounded", folder / "checkpoint", folder / "plain.gguf", folder / "quantized.gguf"
+    )
+    found = mx.load(str(folder / "rounded" / "model.safetensors"))
+    expected = (integers * scales.astype(np.float32)).astype(HALF)
+    np.testing.assert_array_equal(found["k"], expected)
+    assert not np.array_equal(expected, half["k"])
 
 
 def test_a_missing_quantizer_is_named(monkeypatch):
