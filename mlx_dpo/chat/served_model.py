@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm.server import ModelProvider
@@ -31,6 +31,7 @@ class ServedModel:
     thinking: bool = False
     system: str | None = None  # for conversations without a system message
     origins: Sequence[str] = ()  # origins of web pages that may send requests; `*` means any
+    digests: Mapping[str, str] = field(default_factory=dict)  # by name, of what answers depend on
     feedback: ServedFeedback | None = None  # where judgements of answers are written
 
 

@@ -175,7 +175,8 @@ class RequestHandler(APIHandler):
             self._send_json_error(error.status, str(error), param=error.param, code=error.code)
 
     def _model_row(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "mlx-dpo"}
+        row = {"id": name, "object": "model", "created": self.created, "owned_by": "mlx-dpo"}
+        return row | {"digest": self._served.digests[name]} if self._served.digests else row
 
     def _check_model(self, request: Mapping[str, Any]) -> None:
         """Raise `RequestError` if the requested model or adapter is not served."""

@@ -1,6 +1,7 @@
 """`mlx-dpo serve`: an OpenAI-compatible server for the base and the aligned model."""
 
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mlx_dpo.adapters.switch import AdapterState
     from mlx_dpo.chat.feedback import JsonlFile
     from mlx_dpo.chat.served_feedback import ServedFeedback
     from mlx_dpo.chat.served_model import ServedModel
@@ -128,6 +130,11 @@ def _make_served_model(
     from mlx_dpo.generation.prompt import check_thinking
 
     tokenizer, config = opened.base.tokenizer, opened.run and opened.run.config
+    names: dict[str, AdapterState] = {"base": "base"}
+    if opened.switch.can_switch:
+        names = {"aligned": "aligned", "base": "base"}
+    thinks = bool(config.thinking if thinking is None and config else thinking)
+    system = config.system if config else None
     if thinking is not None:
         check_thinking(tokenizer)
     if sampling.top_k >= len(tokenizer):
@@ -136,14 +143,24 @@ def _make_served_model(
         opened.base.model,
         tokenizer,
         opened.switch,
-        {"aligned": "aligned", "base": "base"} if opened.switch.can_switch else {"base": "base"},
+        names,
         min(len(tokenizer), opened.base.vocab_size),
         context_length(opened.base.config),
         sampling,
-        thinking=bool(config.thinking if thinking is None and config else thinking),
-        system=config.system if config else None,
+        thinking=thinks,
+        system=system,
         origins=origins,
+        digests={
+            name: _digest(opened.provenance(state), sampling, thinks, system)
+            for name, state in names.items()
+        },
     )
+
+
+def _digest(provenance: dict[str, Any], *settings: object) -> str:
+    """Return a digest of weights and defaults, which tells models under the same name apart."""
+    weights = {name: provenance.get(name) for name in ("model_digest", "adapter_digest")}
+    return sha256(f"{weights} {settings}".encode()).hexdigest()
 
 
 def _header(opened: "SwitchableModel", served: "ServedModel", server: "Server") -> list[str]:

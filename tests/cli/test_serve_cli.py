@@ -216,7 +216,15 @@ def test_a_path_has_its_methods_and_errors_are_objects(address, method, path, st
     answer, text = send(address, path, b"{}", method)
     assert answer == status
     assert set(json.loads(text)) in ({"error"}, {"object", "data"}, {
-        "id", "object", "created", "owned_by"})  # fmt: skip
+        "id", "object", "created", "owned_by", "digest"})  # fmt: skip
+
+
+def test_models_of_the_same_name_are_told_apart_by_their_digest(address):
+    """Clients that store answers can then tell whether a model has changed under its name."""
+    rows = json.loads(send(address, "models", method="GET")[1])["data"]
+    digests = {row["id"]: row["digest"] for row in rows}
+    assert digests.keys() == {"aligned", "base"} and len(set(digests.values())) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values())
 
 
 def test_openai_clients_can_read_the_error(client):
