@@ -138,6 +138,7 @@ def test_a_judge_that_dies_loses_nothing_and_the_same_command_resumes(
     assert len(server.bodies) == questions - answered
 
 
+@pytest.mark.slow  # starts the program; `tests/openai_api/test_client.py` interrupts the client
 def test_ctrl_c_loses_nothing(folder, model, undisturbed):
     whole, questions = undisturbed
     hanging, release = threading.Event(), threading.Event()
@@ -298,3 +299,92 @@ def test_the_answers_of_a_real_server_are_those_of_its_model(folder, model):
     assert counts_line(first) == f"{COUNT} from {COUNT} requests, {cut} cut at the token limit"
     assert counts_line(again) == f"{COUNT} from the cache, {cut} cut at the token limit"
     assert rows(folder, "again") == rows(folder)
+
+
+@pytest.fixture(scope="module")
+def run_folder(model, tmp_path_factory):
+    """Return the folder of a run on the model, with held-out prompts."""
+    folder = tmp_path_factory.mktemp("run")
+    pairs = [
+        {"prompt": f"What is {n}?", "chosen": "the house on the hill is there", "rejected": "no"}
+        for n in range(20)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command = ["train", str(folder / "pairs.jsonl"), "--model", model, "--valid-fraction", "0.25"]
+    command += ["--output", str(folder / "run"), "--learning-rate", "0.05", "--batch-size", "4"]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    return str(folder / "run")
+
+
+def winrate(run_folder, *flags):
+    sampling = ["--max-tokens", "8", "--temperature", "0", "--json"]
+    return CliRunner().invoke(cli, ["winrate", run_folder, *sampling, *map(str, flags)])
+
+
+def test_an_opponent_and_a_judge_at_addresses_give_the_win_rate(folder, run_folder):
+    with fake_server(lambda body: completion("x")) as opponent, fake_server(longer) as server:
+        flags = [*by_judge(folder, server), "--against", opponent.url]
+        result = winrate(run_folder, *flags)
+        assert result.exit_code == 0, result.output
+        figures = json.loads(result.stdout)
+        assert (figures["wins"], figures["ties"], figures["losses"]) == (5, 0, 0)
+        assert figures["by"] == f"judge {server.url}#m"
+        # Five held-out prompts: one answer each, and two verdicts.
+        assert counts_line(result) == "15 from 15 requests"
+        again = winrate(run_folder, *flags)
+    assert json.loads(again.stdout) == figures
+    assert counts_line(again) == "15 from the cache"
+
+
+def test_the_reference_at_an_address_gives_the_same_win_rate_as_here(folder, run_folder, model):
+    (folder / "reward.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
+    reward = ["--reward", f"{folder}/reward.py:length"]
+    here = json.loads(winrate(run_folder, *reward).stdout)
+    replies = {}
+    prompts = [make_prompt(f"What is {n}?") for n in range(20)]
+    sampling = Sampling(max_tokens=8)
+    for prompt, reply in zip(
+        prompts, open_responder(None, model=model).reply(prompts, sampling), strict=True
+    ):
+        replies[prompt.messages[0]["content"]] = reply.text
+    with fake_server(lambda body: completion(replies[body["messages"][0]["content"]])) as server:
+        there = json.loads(winrate(run_folder, *reward, "--against", server.url).stdout)
+    assert there == here | {"against": server.url}
+
+
+def test_an_opponent_that_is_not_there_is_an_error_before_any_answer(folder, run_folder):
+    with fake_server() as server:
+        pass
+    result = winrate(run_folder, "--reward", "statistics:mean", "--against", server.url)
+    assert result.exit_code == 1 and "start the server, or fix the address" in result.stderr
+
+
+def loop(folder, model, *flags):
+    given = [f"{folder}/prompts.txt", "--model", model, "--output", f"{folder}/loop"]
+    more = ["--rounds", 1, "--answers", 2, "--max-tokens", 6, "--prompts-per-round", 8]
+    more += ["--epochs", 1, "--batch-size", 4, "--learning-rate", 0.01, *flags]
+    return CliRunner().invoke(cli, ["loop", *map(str, [*given, *more])])
+
+
+def test_a_loop_resumes_when_its_judge_is_back_and_stores_no_key(folder, model, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
+    with fake_server(DEAD, script=[longer] * 7) as server:
+        flags = by_judge(folder, server, "--max-concurrency", 1, "--api-key-env", "JUDGE_KEY")
+        result = loop(folder, model, *flags)
+        assert result.exit_code == 1
+        assert "what it has answered is stored" in result.stderr.splitlines()[-1]
+        server.answer = longer
+        again = CliRunner().invoke(cli, ["loop", "--resume", "--output", f"{folder}/loop"])
+        assert again.exit_code == 0, again.output
+        keys = {headers.get("Authorization") for headers in server.headers_seen}
+    assert keys == {"Bearer sk-secret"}
+    assert counts_line(result) == "7 from 12 requests, 4 requests repeated"
+    # Two prompts are held out; base and last round are the same, and are judged once.
+    judged = sum("points" in row["provenance"] for row in rows(folder, "loop/round-01/pairs"))
+    assert judged > 5 and len(server.bodies) == 12 + 2 * judged - 7 + 4
+    record = json.loads((folder / "loop" / "loop.json").read_text())["loop"]
+    assert (record["judge"], record["api_key_env"]) == (server.url, "JUDGE_KEY")
+    assert (record["allow_remote"], record["max_concurrency"]) == (False, 1)
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"sk-secret" not in path.read_bytes(), path
