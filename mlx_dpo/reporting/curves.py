@@ -97,8 +97,8 @@ CURVES = (
     Curve(
         "Log-probabilities",
         "nats per completion",
-        "Rejected should fall. If chosen falls with it, the policy makes both less likely "
-        "(likelihood displacement).",
+        "In preference training rejected should fall. If chosen falls with it, the policy makes "
+        "both less likely (likelihood displacement).",
         _completion_metrics("logps"),
         section=RESULTS,
     ),

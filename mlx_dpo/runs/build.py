@@ -169,7 +169,7 @@ def with_grouping(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> tuple[DP
         return config, ""
     if int(group_numbers(pairs).max(initial=-1)) + 1 == len(pairs):
         return config, ""
-    reason = f"{len(pairs):,} pairs of {len(set(prompt_keys(pairs))):,} prompts"
+    reason = f"{len(pairs):,} {config.unit} of {len(set(prompt_keys(pairs))):,} prompts"
     return replace(config, group_by_prompt=True), reason
 
 

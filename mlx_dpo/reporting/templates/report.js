@@ -320,7 +320,8 @@ function addPoints(part) {
 function updateLegend() {
   const lines = [...charts.values()].flatMap((chart) => [...chart.lines.values()]);
   document.querySelector(".legend .held-out").hidden = !lines.some((line) => line.heldOut);
-  document.querySelector(".legend .rejected").hidden = !lines.some((line) => line.completion === data.rejected);
+  const hasRejected = lines.some((line) => line.completion === data.rejected);
+  for (const part of document.querySelectorAll(".legend .rejected")) part.hidden = !hasRejected;
 }
 
 data.lines.forEach(addPoints);
