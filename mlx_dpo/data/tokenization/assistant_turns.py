@@ -56,9 +56,9 @@ def find_gaps(
 def changed_turn_error(location: str, count: int) -> PromptBoundaryError:
     """Return the error for a template that changes the first `count` turns if others follow."""
     return PromptBoundaryError(
-        f"{location}: the chat template writes the first {count} turns in another way once later "
-        "turns follow (many leave out earlier reasoning), so that not every answer can be scored "
-        "as it is generated; use --assistant-turns last, which scores the last answer alone"
+        f"{location}: the chat template changes earlier turns once later ones follow (turn "
+        f"{count}; many templates leave out earlier reasoning), so that not every answer can be "
+        "scored as it is generated; use --assistant-turns last, which scores the last one alone"
     )
 
 
