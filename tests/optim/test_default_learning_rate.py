@@ -2,7 +2,11 @@
 
 import pytest
 
-from mlx_dpo.optim.default_learning_rate import RateFactors, choose_learning_rate
+from mlx_dpo.optim.default_learning_rate import (
+    RateFactors,
+    choose_learning_rate,
+    choose_supervised_rate,
+)
 
 ZEPHYR = RateFactors(width=4096, alpha=32.0, steps=478, tokens=256)
 
@@ -30,3 +34,17 @@ def test_the_rate_follows_width_alpha_steps_and_tokens(changed, rate):
 
 def test_an_optimizer_with_a_factor_changes_the_rate():
     assert choose_learning_rate(ZEPHYR, factor=0.2) == 4e-6
+
+
+@pytest.mark.parametrize(
+    ("changed", "rate"),
+    [
+        ({}, 2e-4),  # as in TRL's examples
+        ({"alpha": None}, 2e-5),  # TRL's default for full fine-tuning
+        ({"width": 1024}, 4e-4),
+        ({"alpha": 64.0}, 1e-4),
+        ({"steps": 10, "tokens": 8}, 2e-4),  # the loss is a mean over tokens
+    ],
+)
+def test_the_rate_of_instruction_tuning_follows_width_and_alpha(changed, rate):
+    assert choose_supervised_rate(ZEPHYR._replace(**changed)) == rate
