@@ -146,7 +146,7 @@ def test_eval_report_and_card_have_no_words_of_preferences(sft, monkeypatch, tmp
     for text in map(str, (result, *parts, details.evaluations, card)):
         assert not [word for word in PREFERENCE_WORDS if word in text.lower()], text
     assert details.result.level == "good"
-    assert card.data.tags == ["mlx-dpo", "mlx", "lora", "instruction-tuning", "sft"]
+    assert card.data.to_dict()["tags"] == ["mlx-dpo", "mlx", "lora", "instruction-tuning", "sft"]
 
 
 def test_the_learning_rate_is_that_of_instruction_tuning(sft):
