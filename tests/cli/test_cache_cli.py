@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.tokenization.pair_file import PairFileWriter, pairs_to_arrays
+from mlx_dpo.openai_api.reply import Reply
+from mlx_dpo.openai_api.reply_cache import ReplyCache, list_entries
 from mlx_dpo.training.logps_cache import labels, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 from tests.damaged_files import damage
@@ -296,3 +298,34 @@ def test_clearing_removes_the_requested_token_files(folder, some, words, answers
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + (len(answers) < 4) + (len(tokens) < 2)
     assert lines[-1].startswith("Freed ")
+
+
+@pytest.fixture
+def replies(folder):
+    """The replies of two models, of which one was used 40 days ago."""
+    addresses = ["http://127.0.0.1:1/v1#a", "http://127.0.0.1:1/v1#b"]
+    for address, count in zip(addresses, (3, 1), strict=True):
+        cache = ReplyCache(folder.parent / "replies", address)
+        for number in range(count):
+            cache.add(str(number), Reply("[[A]]", "stop"))
+    used = datetime.now().timestamp() - 86_400 * 40
+    [old] = [e.path for e in list_entries(folder.parent / "replies") if e.model == addresses[1]]
+    os.utime(old, (used, used))
+    return addresses
+
+
+def test_replies_are_listed_and_cleared_by_address(folder, replies):
+    rows = [line.split() for line in run().stdout.splitlines()[2:5]]
+    assert rows[0] == ["replies", "of", "replies", "size", "last", "used"]
+    assert sorted((row[0], row[1]) for row in rows[1:]) == [(replies[0], "3"), (replies[1], "1")]
+    listed = json.loads(run("--json").stdout)["replies"]["models"]
+    assert sorted((row["model"], row["replies"]) for row in listed) == [
+        (replies[0], 3),
+        (replies[1], 1),
+    ]
+    result = run("clear", "--only", "replies", "--older-than", "30", "--yes")
+    assert "1 file, 1 replies" in result.stdout, result.output
+    [left] = list_entries(folder.parent / "replies")
+    assert left.model == replies[0]
+    assert "3 replies" in run("clear", "--model", replies[0], "--yes").stdout
+    assert list_entries(folder.parent / "replies") == []
