@@ -71,6 +71,9 @@ def test_no_pair_left_raises_an_error_with_the_reasons(write, plain):
     assert str(error.value) == (
         "pairs.jsonl: no usable pair (1 of 1: a completion is empty); give other pairs"
     )
+    thumb = {"prompt": "a", "completion": "b", "label": True}
+    with pytest.raises(DataError, match=r"other label\); use --loss-type kto, which needs no"):
+        load_pairs(write(thumb), plain, RULES, rows=RowRules(pair_labelled=True))
     with pytest.raises(DataError, match=r"^pairs\.jsonl: contains no pairs"):
         load_pairs(write(), plain, RULES)
 

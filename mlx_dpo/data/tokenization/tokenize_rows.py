@@ -8,7 +8,7 @@ from mlx_dpo.data.examples import ParsedExample, drop_or_raise, parse_rows
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair, tokenize_unpaired
-from mlx_dpo.errors import BadPairError, DataError
+from mlx_dpo.errors import UNPAIRED, BadPairError, DataError
 from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.schemas.schema import DEFAULT_RULES, Row, RowRules
 from mlx_dpo.types import NO_LIST, PreferenceExample, TokenizedPair
@@ -93,4 +93,6 @@ def check_any_pair(report: PairsReport) -> None:
     counts = ", ".join(
         f"{len(rows)} of {report.read}: {reason}" for reason, rows in report.dropped.items()
     )
-    raise DataError(f"{report.source}: no usable pair ({counts}); give other pairs")
+    is_labelled = max(report.dropped, key=lambda why: len(report.dropped[why])) == UNPAIRED
+    advice = "use --loss-type kto, which needs no pairs" if is_labelled else "give other pairs"
+    raise DataError(f"{report.source}: no usable pair ({counts}); {advice}")
