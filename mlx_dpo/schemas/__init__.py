@@ -12,6 +12,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from mlx_dpo.errors import TIED, BadPairError, DataError
+from mlx_dpo.schemas.annotation_tools.anything_llm import ANYTHING_LLM
 from mlx_dpo.schemas.annotation_tools.argilla import ARGILLA
 from mlx_dpo.schemas.annotation_tools.label_studio import LABEL_STUDIO
 from mlx_dpo.schemas.annotation_tools.open_webui import OPEN_WEBUI
@@ -44,7 +45,7 @@ from mlx_dpo.types import PreferenceExample, UnpairedExample
 SCHEMAS = {
     schema.name: schema
     for schema in (
-        OPEN_WEBUI, ARGILLA, LABEL_STUDIO, OPENAI, SHAREGPT, SHP, RANKED, COMPARED, ALPACA, ORCA,
+        OPEN_WEBUI, ANYTHING_LLM, ARGILLA, LABEL_STUDIO, OPENAI, SHAREGPT, SHP, RANKED, COMPARED, ALPACA, ORCA,
         STRINGS, WHOLE_MESSAGES, MESSAGES, DIALOGUES, WHOLE_STRINGS, LABELLED,
     )
 }  # fmt: skip

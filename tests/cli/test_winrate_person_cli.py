@@ -9,6 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
+from mlx_dpo.collect.blind_comparison import ComparisonFiles, ComparisonTasks, open_answers
+from mlx_dpo.collect.pairs_file import PairsFile
+from mlx_dpo.collect.session import TIE, RankingSession
+from mlx_dpo.evaluation.winrate import AnswersOfBoth
+from mlx_dpo.io.checksums import read_checked_json
 from tests.checkpoints import make_checkpoint
 from tests.cli.terminal import TerminalSession
 
@@ -73,6 +78,33 @@ def test_a_second_rater_sees_the_same_answers_and_the_table_has_both(command):
     table = run(command, "--rater", "ben").stdout
     assert re.search(r" ann +ben ", table)
     assert f"agreement on 1 prompt: {100 * same:.1f}%; Cohen's kappa" in table
+
+
+def test_a_person_who_decides_by_a_reward_has_the_win_rate_of_that_reward(command):
+    """The person is a second implementation of the reward `length`."""
+    Path("reward.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
+    Path("prompts.txt").write_text("".join(f"What is {n}?\n" for n in range(20)))
+    run(command, keys="q\n")
+    content, _ = read_checked_json(Path("votes.answers.json"))
+    answers = [(row["run"], row["opponent"]) for row in content["rows"]]
+    settings = content["settings"]
+    files = ComparisonFiles(Path("votes.jsonl"))
+    stored = open_answers(files, settings, None, lambda: AnswersOfBoth([], [], []))
+    session = RankingSession(ComparisonTasks(stored, PairsFile(files.own), None))
+    while (task := session.current_task) is not None:
+        first, second = (len(answer.text) for answer in task.answers)
+        if first == second:
+            session.skip(TIE)
+        else:
+            session.prefer(*((0, 1) if first > second else (1, 0)))
+    [person] = json.loads(run(command, "--json").stdout)["raters"]
+    flags = ("--against", "other", "--reward", "reward.py:length", "--max-tokens", "6", "--json")
+    judged = CliRunner().invoke(cli, ["winrate", "run", "prompts.txt", *flags])
+    reward = json.loads(judged.stdout)
+    assert len({(len(a) > len(b)) - (len(a) < len(b)) for a, b in answers}) > 1
+    for name in ("judged", "wins", "ties", "losses", "win_rate", "interval_95",
+                 "length_controlled_win_rate"):  # fmt: skip
+        assert person[name] == reward[name], name
 
 
 def test_the_page_of_web_takes_votes(command):

@@ -15,7 +15,7 @@ from tests.data.template_families import byte_level
 
 EXAMPLES = Path(__file__).parent / "examples"
 # Plain text without turns has no messages of the same content; labelled rows are no pairs.
-WITHOUT_EXAMPLES = {"whole-strings", "labelled"}
+WITHOUT_EXAMPLES = {"whole-strings", "labelled", "anything-llm"}
 RULES = TokenRules(vocab_size=1000, max_length=4096)
 
 

@@ -89,6 +89,7 @@ def test_an_export_gives_these_pairs_and_no_others(name, pairs):
         ("open-webui.json", 3, {}),
         ("open-webui.json", 3, {"loss_type": ["kto"]}),
         ("open-webui-chats.json", 2, {"pair_labelled": True}),
+        ("labels/anything-llm.json", 3, {"loss_type": ["kto"]}),
         ("argilla.json", 3, {}),
         ("argilla-flat.jsonl", 2, {}),
         ("label-studio.json", 3, {}),
@@ -170,6 +171,21 @@ def test_messages_in_a_circle_are_an_error():
     messages_of(row)["a2"]["parentId"] = "a1"
     with pytest.raises(DataError, match="in a circle"):
         parsed(row, LABELS)
+
+
+def test_thumbs_of_anything_llm_are_labels_and_pairs_only_by_prompt():
+    labels = [
+        ("Where is the key?", "Under the mat, by the door.", True),
+        ("Where is the key?", "Look.", False),
+        ("When does it open?", "At nine.", True),
+    ]
+    assert read("labels/anything-llm.json", LABELS) == (labels, {UNJUDGED: 1})
+    assert read("labels/anything-llm.json", RowRules(pair_labelled=True)) == (
+        [("Where is the key?", "Under the mat, by the door.", "Look.")], {UNJUDGED: 1, UNPAIRED: 1}
+    )  # fmt: skip
+    assert read("labels/anything-llm.json") == ([], {UNPAIRED: 3, UNJUDGED: 1})
+    row = load("labels/anything-llm.json")[0] | {"attachments": [{"type": "image", "image": "x"}]}
+    assert parsed(row, LABELS) == [NOT_TEXT]
 
 
 def test_a_thumb_without_another_answer_makes_no_pair_but_a_label():
@@ -353,10 +369,11 @@ def test_two_questions_of_one_annotation_are_not_mixed_up():
         {"data": "x", "annotations": [], "prompt": "p", "chosen": "a", "rejected": "b"},
         {"chat": "x", "prompt": "p", "chosen": "a", "rejected": "b"},
         {"chat": {"messages": []}, "prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "responses": ["a", "b"], "ratings": [1, 2], "workspace": "w"},
         {"prompt": "p", "response_a": "a", "response_b": "b", "preference": "a", "annotator": 3},
     ],
 )
 def test_rows_of_other_schemas_are_not_taken_for_exports(record):
     assert find_schema(Row(record, "rows[0]")).name not in (
-        "open-webui", "argilla", "label-studio",
+        "open-webui", "anything-llm", "argilla", "label-studio",
     )  # fmt: skip

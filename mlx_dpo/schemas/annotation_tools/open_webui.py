@@ -153,7 +153,7 @@ def _read_messages(chat: Mapping[str, Any], location: str) -> Messages:
 
 def _read_rating(value: Any) -> int | None:
     """Return a rating; None if it is neither 1, -1 nor 0, as a number or as text."""
-    return None if isinstance(value, bool) else RATINGS.get(str(value))
+    return RATINGS.get(str(value))
 
 
 def _parse(row: Row, rules: RowRules) -> list[Parsed]:
