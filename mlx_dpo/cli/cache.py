@@ -163,7 +163,8 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
 def _content(entries: Sequence[Any]) -> str:
     """Return how many pairs or replies the entries have, which are all of one kind."""
     if any(hasattr(entry, "replies") for entry in entries):
-        return f"{sum(entry.replies for entry in entries):,} replies"
+        count = sum(entry.replies for entry in entries)
+        return "1 reply" if count == 1 else f"{count:,} replies"
     return f"{sum(entry.pairs for entry in entries):,} pairs"
 
 

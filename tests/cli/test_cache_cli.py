@@ -125,10 +125,12 @@ def test_damaged_and_half_written_files_are_named(folder, some):
     ],
     ids=["flip", "not UTF-8", "pipe", "link loop", "folder", "empty"],
 )
-@pytest.mark.parametrize("kind", ["reference", "tokens"])
+@pytest.mark.parametrize("kind", ["reference", "tokens", "replies"])
 def test_no_entry_of_a_cache_blocks_the_others(folder, some, make, kind):
     tokens = write_tokens(folder, "t")
-    path = some["new"] if kind == "reference" else tokens
+    ReplyCache(folder.parent / "replies", "org/one").add("a", Reply("[[A]]", "stop"))
+    [replies] = (folder.parent / "replies").iterdir()
+    path = {"reference": some["new"], "tokens": tokens, "replies": replies}[kind]
     make(path)
     listed = run()
     assert listed.exit_code == 0, listed.output
@@ -138,6 +140,7 @@ def test_no_entry_of_a_cache_blocks_the_others(folder, some, make, kind):
     cleared = run("clear", "--yes")
     assert cleared.exit_code == 0, cleared.output
     assert not list(folder.iterdir()) and not list(tokens.parent.iterdir())
+    assert not list(replies.parent.iterdir())
 
 
 def test_a_name_with_a_number_that_no_process_has_is_listed_and_cleared(folder, some):
@@ -324,7 +327,7 @@ def test_replies_are_listed_and_cleared_by_address(folder, replies):
         (replies[1], 1),
     ]
     result = run("clear", "--only", "replies", "--older-than", "30", "--yes")
-    assert "1 file, 1 replies" in result.stdout, result.output
+    assert "1 file, 1 reply, " in result.stdout, result.output
     [left] = list_entries(folder.parent / "replies")
     assert left.model == replies[0]
     assert "3 replies" in run("clear", "--model", replies[0], "--yes").stdout
