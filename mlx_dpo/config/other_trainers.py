@@ -46,6 +46,8 @@ _TRL = {
     "reference_free": "`loss_type` simpo, cpo or orpo",
     "disable_dropout": "`lora_dropout` 0",
     "rpo_alpha": SUM_WITH_SFT,
+    "assistant_only_loss": "`loss_type` sft with `assistant_turns` all, its default",
+    "completion_only_loss": "`loss_type` sft, which scores the completions alone",
     "lr_scheduler_kwargs": "`min_lr_rate`",
     "eval_strategy": "`eval_steps` N",
     "evaluation_strategy": "`eval_steps` N",
@@ -60,7 +62,8 @@ _TRL = {
     "hub_private_repo": "`mlx-dpo push` after training",
 }
 _LLAMA_FACTORY = {
-    "stage": "`loss_type` (every run is preference optimization)",
+    "stage": "`loss_type` (for instruction tuning sft)",
+    "mask_history": "`assistant_turns` last",
     "finetuning_type": "`fine_tune_type`",
     "lora_rank": "`lora_r`",
     "lora_target": "`lora_target_modules`",

@@ -251,7 +251,8 @@ def test_settings_that_contradict_others_are_left_out_with_the_reason():
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("stage", "sft", "not preference optimization"),
+        ("stage", "rm", "neither preference optimization nor instruction tuning"),
+        ("assistant_only_loss", False, "only the assistant's turns are scored"),
         ("finetuning_type", "freeze", "not supported"),
         ("lr_scheduler_type", "polynomial", "polynomial"),
         ("num_train_epochs", "many", "many"),
@@ -346,3 +347,19 @@ def test_a_sum_with_sft_keeps_every_loss_and_weight():
 
 def test_torch_dtype_is_translated():
     assert translate({"output_dir": "o", "torch_dtype": "float16"}).settings["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("values", "settings"),
+    [
+        ({"stage": "sft"}, {"loss_type": ["sft"]}),
+        (
+            {"stage": "sft", "mask_history": True},
+            {"loss_type": ["sft"], "assistant_turns": "last"},
+        ),
+        ({"assistant_only_loss": True, "output_dir": "o"}, {"loss_type": ["sft"], "output": "o"}),
+        ({"completion_only_loss": True, "output_dir": "o"}, {"loss_type": ["sft"], "output": "o"}),
+    ],
+)
+def test_instruction_tuning_of_other_trainers_is_the_loss_sft(values, settings):
+    assert translate(values).settings == settings

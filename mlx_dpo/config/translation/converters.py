@@ -99,12 +99,19 @@ def method(value: Any, values: Values) -> Converted:
 
 
 def stage(value: Any, values: Values) -> Converted:
-    """Convert LLaMA-Factory's stage: only `dpo` and `kto` are preference optimization."""
-    if value == "kto":
-        return Converted({"loss_type": ["kto"]})
+    """Convert LLaMA-Factory's stage: preference optimization or instruction tuning."""
+    if value in ("kto", "sft"):
+        return Converted({"loss_type": [value]})
     if value == "dpo":
         return Converted()
-    return Converted(note="not preference optimization, the only training of mlx-dpo")
+    return Converted(note="neither preference optimization nor instruction tuning")
+
+
+def supervised(value: Any, values: Values) -> Converted:
+    """Convert TRL's settings of what instruction tuning scores, which only its SFT has."""
+    if value is None or value is True:
+        return Converted({"loss_type": ["sft"]})
+    return Converted(note="only the assistant's turns are scored")
 
 
 def sum_with_sft(value: Any, values: Values) -> Converted:

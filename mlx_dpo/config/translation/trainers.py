@@ -23,6 +23,8 @@ _HUGGING_FACE: dict[str, Converter] = {
     "use_dora": c.switch("fine_tune_type", "dora"),
     "lora_target_modules": c.modules,
     "rpo_alpha": c.sum_with_sft,
+    "assistant_only_loss": c.supervised,
+    "completion_only_loss": c.supervised,
 }
 _TRL = _HUGGING_FACE | {
     "model_name_or_path": c.rename("model"),
@@ -45,6 +47,7 @@ _LLAMA_FACTORY = _HUGGING_FACE | {
     "pref_loss": c.loss,
     "pref_ftx": c.sum_with_sft,
     "dpo_label_smoothing": c.number("label_smoothing"),
+    "mask_history": c.switch("assistant_turns", "last"),
     "kto_chosen_weight": c.number("desirable_weight"),
     "kto_rejected_weight": c.number("undesirable_weight"),
     "simpo_gamma": c.number("simpo_gamma"),
