@@ -73,9 +73,10 @@ def train(
 
     PAIRS is a file (JSONL, JSON, Parquet or CSV, optionally compressed), a folder with train and
     valid files, a dataset on the Hub (`org/name[:config][@revision]`), or `-` for standard input;
-    several are concatenated. The schema of the rows is detected. Ctrl-C saves a checkpoint and
-    stops the run; --resume continues it and ends with the same weights, bit for bit. With
-    --live the report is served on this machine until training ends; the browser keeps it.
+    several are concatenated. The schema of the rows is detected. With --loss-type sft (instruction
+    tuning) rows have one answer, or a conversation. Ctrl-C saves a checkpoint and stops the run;
+    --resume continues it and ends with the same weights, bit for bit. With --live the report is
+    served on this machine until training ends; the browser keeps it.
     """
     live, no_open = flags.pop("live"), flags.pop("no_open")
     if no_open and not live:

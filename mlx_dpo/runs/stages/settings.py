@@ -75,7 +75,8 @@ class StageSettings:
         first = others | dict(self.first) | {"loss_type": (SFT,), "output": folders[SFT]}
         tuning = DPOConfig.from_dict(first)
         values = dict(self.values) | last | {"output": folders[name]}
-        values.pop("start_adapter", None)  # the first stage starts from it
+        for first_only in ("start_adapter", "assistant_turns"):
+            values.pop(first_only, None)
         preferences = DPOConfig.from_dict(values).starting_from(folders[SFT])
         if preferences.supervised:
             raise ConfigError(f"`stages` end with a loss of preferences, not with `{SFT}` again")
