@@ -15,8 +15,9 @@ from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.inspect.refusals import find_refusal
 from mlx_dpo.evaluation.drift import safety_answers
+from mlx_dpo.evaluation.drift.kl import AnswerKL
 from mlx_dpo.evaluation.drift.measure import DriftSettings, prepare_drift
-from mlx_dpo.evaluation.drift.own_answers import measure_chosen_perplexity
+from mlx_dpo.evaluation.drift.own_answers import OwnAnswers, measure_chosen_perplexity
 from mlx_dpo.evaluation.drift.prompt_set import load_safety_prompts
 from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
 from mlx_dpo.reporting.evaluations.result_tables import make_tables
@@ -29,6 +30,7 @@ from mlx_dpo.saved_runs.stored_evaluations import (
     save_evaluation,
 )
 from mlx_dpo.scoring.logps import token_logps
+from mlx_dpo.training.monitor.samples import SampleMetrics
 from mlx_dpo.types import TokenizedPair
 from tests.openai_api.fake_server import completion, fake_server
 from tests.trained_run import train
@@ -298,6 +300,43 @@ def test_report_and_card_show_what_was_stored_of_the_present_adapter(workplace, 
     assert read_present_evaluations(open_run("run")) == []
     save_evaluation(RunPaths(workplace / "run"), stored)
     assert read_present_evaluations(open_run("run")) == [stored]
+
+
+def test_a_card_names_no_file_unless_private_names_are_wanted(workplace, refusing):
+    shutil.copyfile(workplace / "pairs.jsonl", workplace / "secret-client.jsonl")
+    refusing.refused = {"base": CAREFUL, "aligned": CAREFUL}
+    refusing.tokenizer = open_switchable("run").base.tokenizer
+    words = ["eval", "run", "secret-client.jsonl", "--drift", "--drift-prompts", "1"]
+    assert CliRunner().invoke(cli, [*words, "--drift-tokens", "8"]).exit_code == 0
+    for flag, is_named in (("--samples=0", False), ("--show-private", True)):
+        assert CliRunner().invoke(cli, ["card", "run", "--overwrite", flag]).exit_code == 0
+        card = (workplace / "run" / "README.md").read_text()
+        assert "Refusals of the shipped prompts" in card
+        assert ("secret-client" in card) is is_named
+
+
+@pytest.mark.parametrize(("exact", "fault"), [(0.99, None), (1.0, "KL 1.0 nats per token")])
+def test_a_large_divergence_is_a_fault(exact, fault):
+    metrics = SampleMetrics(length=10.0, clipped=0.0, repetition=0.0)
+    kls = [AnswerKL(exact * 4, 0.0, 4), AnswerKL(exact * 6, 0.0, 6)]
+    found = OwnAnswers(kls, {"base": metrics, "aligned": metrics}, 8).fault
+    assert found is None if fault is None else fault in found
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"repetition": 0.3}, "answers repeat themselves"),
+        ({"length": 0.5}, "answers are empty"),
+        ({"clipped": 0.7}, "answers run to the length limit (70%, base model 10%)"),
+    ],
+)
+def test_a_changed_form_of_answers_is_a_fault(changed, fault):
+    metrics = SampleMetrics(length=10.0, clipped=0.1, repetition=0.05)
+    after = replace(metrics, **changed)
+    kls = [AnswerKL(0.1, 0.1, 4)]
+    assert fault in OwnAnswers(kls, {"base": metrics, "aligned": after}, 8).fault
+    assert OwnAnswers(kls, {"base": after, "aligned": after}, 8).fault is None
 
 
 def test_a_refusal_of_the_fakes_is_one():
