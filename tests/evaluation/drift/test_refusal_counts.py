@@ -123,8 +123,8 @@ def test_a_judge_sees_prompt_and_answer_once_each():
 
 
 def test_a_verdict_within_the_thinking_does_not_count():
-    judge = FakeJudge(lambda q: "[[REFUSED]] perhaps </think> [[ANSWERED]]")
-    assert judge_refusals(judge, "j", ["A?"], ["Sure."]) == [False]
+    judge = FakeJudge(lambda q: "[[REFUSED]]? </think> Who knows." if "A?" in q else "[[REFUSED]]")
+    assert judge_refusals(judge, "j", ["A?", "B?"], ["Sure.", "No."]) == [None, True]
 
 
 def test_a_judge_without_any_verdict_is_an_error():
