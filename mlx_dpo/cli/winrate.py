@@ -52,7 +52,7 @@ MAX_SYSTEM = 50  # characters of a system prompt in a title
 )
 @click.option(
     "--against-system",
-    metavar="TEXT|FILE",
+    metavar="PROMPT|FILE",
     help="System prompt of the opponent, to see whether a prompt alone does as well.",
 )
 @judge_flags
