@@ -124,6 +124,23 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
+def add_bos_token(folder: Path) -> Path:
+    """Let the tokenizer of a checkpoint begin each text with `<|pad|>`; returns `folder`."""
+    path = folder / "tokenizer.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    begin = {"SpecialToken": {"id": "<|pad|>", "type_id": 0}}
+    entries["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|pad|>": {"id": "<|pad|>", "ids": [0], "tokens": ["<|pad|>"]}},
+    }
+    _write_json(path, entries)
+    path = folder / "tokenizer_config.json"
+    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"bos_token": "<|pad|>"})
+    return folder
+
+
 def _config(hidden: int, tied: bool, dtype: mx.Dtype) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -152,6 +152,19 @@ def test_the_opponent_is_the_reference_under_a_system_prompt(folder):
     assert figures[0]["mean_rewards"] == pytest.approx(lengths)
 
 
+def test_the_system_message_of_the_run_is_not_the_opponents(folder, tmp_path):
+    command = ["train", str(folder / "pairs.jsonl"), "--model", str(folder / "base")]
+    command += ["--output", str(tmp_path / "run"), "--system", "Be a hat.", "--max-steps", "2"]
+    trained = CliRunner().invoke(cli, command)
+    assert trained.exit_code == 0, trained.output
+    words = ["winrate", str(tmp_path / "run"), str(folder / "one.txt"), *reward(folder), *GREEDY]
+    for more, system in ((("--against-system", "Be a cat."), "Be a cat."), ((), "Be a hat.")):
+        result = CliRunner().invoke(cli, [*words, *more, "--json"])
+        assert result.exit_code == 0, result.output
+        [answer] = answers_under(folder, system, ["Where is the cat?"])
+        assert json.loads(result.stdout)["mean_rewards"][1] == len(answer)
+
+
 def test_a_prompt_keeps_its_own_system_message_below_the_opponents(folder):
     turns = [{"role": "system", "content": "Be a hat."}, {"role": "user", "content": "Why?"}]
     file = folder / "own.jsonl"

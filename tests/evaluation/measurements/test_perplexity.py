@@ -9,10 +9,19 @@ import pytest
 from click.testing import CliRunner
 from mlx_lm.perplexity import eval_ppl
 
+from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.cli import cli
-from mlx_dpo.evaluation.measurements.perplexity import Perplexity, split_windows
+from mlx_dpo.evaluation.measurements.perplexity import (
+    Perplexity,
+    Windows,
+    measure_perplexity,
+    split_windows,
+)
+from mlx_dpo.models.load import load_model
 from mlx_dpo.runs.folder import RunPaths
+from mlx_dpo.saved_runs.open import SwitchableModel
 from mlx_dpo.saved_runs.stored_evaluations import read_evaluations
+from tests.checkpoints import add_bos_token, make_checkpoint
 from tests.edited_files import read_entries
 
 BOOK = "".join(f"The cat sat on mat number {n}, and then it left.\n" for n in range(40))
@@ -100,6 +109,26 @@ def test_strided_windows_equal_one_pass_per_token(book):
     assert figures["base"]["token_perplexity"] == pytest.approx(
         math.exp(nats / (len(ids) - 1)), rel=1e-5
     )
+
+
+def test_all_tokens_of_a_text_count_if_a_token_begins_it(tmp_path):
+    base = load_model(str(add_bos_token(make_checkpoint(tmp_path / "base"))))
+    switch = AdapterSwitch(base.model)
+    switch.save_state("base")
+    switch.save_state("aligned")
+    model = SwitchableModel(base, switch, None, None, ())
+    text = "The cat sat."
+    found = measure_perplexity(model, [text, "A"], Windows(), subject="x").to_dict()
+    ids = [base.tokenizer.encode(part) for part in (text, "A")]
+    assert all(row[0] == base.tokenizer.bos_token_id for row in ids)
+    assert (found["tokens"], found["bytes"]) == (len(ids[0]) + len(ids[1]) - 2, len(text) + 1)
+    nats = 0.0
+    for row in ids:
+        logits = np.array(base.model(mx.array([row[:-1]]))[0], np.float64)
+        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= sum(logps[i, token] for i, token in enumerate(row[1:]))
+    bits = nats / math.log(2) / (len(text) + 1)
+    assert found["base"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
 def test_documents_are_scored_on_their_own_whatever_the_order(book):

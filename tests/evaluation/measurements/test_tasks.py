@@ -18,7 +18,7 @@ from mlx_dpo.generation.batch import generate_tokens
 from mlx_dpo.models.load import load_model
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.saved_runs.open import open_switchable
-from tests.checkpoints import make_checkpoint, make_gpt2_checkpoint
+from tests.checkpoints import add_bos_token, make_checkpoint, make_gpt2_checkpoint
 from tests.evaluation.measurements.local_tasks import NAMES, ROWS, write_tasks
 from tests.trained_run import train
 
@@ -184,6 +184,25 @@ def test_scores_and_answers_are_those_of_mlx_lm(tiny, as_chat):
     assert is_greedy
 
 
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_a_token_that_begins_texts_is_written_by_tokenizer_or_template(tmp_path, as_chat):
+    from mlx_lm.evaluate import MLXLM
+
+    folder = add_bos_token(make_checkpoint(tmp_path / "base"))
+    base = load_model(str(folder))
+    assert base.tokenizer.encode("Why?")[0] == base.tokenizer.bos_token_id
+    ours, theirs = task_model(base, as_chat=as_chat), MLXLM(str(folder), use_chat_template=as_chat)
+    scored = requests(("Where is the cat?", " On the mat."), ("The", " cat"))
+    expected = [logp for logp, _ in theirs.loglikelihood(scored)]
+    assert [logp for logp, _ in ours.loglikelihood(scored)] == pytest.approx(expected, abs=1e-4)
+    texts = requests(("Where is the cat?",), ("The",))
+    sums = theirs.loglikelihood_rolling(texts)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(sums, abs=1e-3)
+    assert (sums[1] == 0) is as_chat  # without the token, the only one has no context
+    prompts = requests(("Where is the cat?", {"until": ["zebra"], "max_gen_toks": 8}))
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts)
+
+
 def generate(model, prompt, **settings):
     [answer] = model.generate_until(requests((prompt, settings)))
     return answer
@@ -235,8 +254,11 @@ def test_texts_stay_within_the_positions_that_a_model_has_learned(tmp_path):
     stops, sampling = base.tokenizer.eos_token_ids, Sampling(max_tokens=50)
     [answer] = generate_tokens(base.model, stops, [ids[-16:]], sampling, context=32)
     assert len(answer.tokens) == 16
-    assert generate(ours, long, max_gen_toks=50) == base.tokenizer.decode(answer.tokens)
-    assert sorted(ours.warnings.values()) == [1, 2]
+    # A limit of several rounds ends at the end of the context as well.
+    for limit in (50, 600):
+        text = generate(ours, long, max_gen_toks=limit)
+        assert text == base.tokenizer.decode(answer.tokens)
+    assert sorted(ours.warnings.values()) == [1, 3]
 
 
 def test_an_answer_that_a_text_ends_is_not_generated_to_its_limit(tiny):
