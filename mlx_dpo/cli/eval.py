@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         "mlx-dpo eval run                          on its held-out pairs",
         "mlx-dpo eval run new.jsonl                on other pairs",
         "mlx-dpo eval run --perplexity book.txt    on a text, before and after",
-        "mlx-dpo eval run --reference-answers qa.jsonl    on answers of your own",
+        "mlx-dpo eval run --reference-answers qa.jsonl",
         "mlx-dpo eval run --tasks arc_easy,piqa    on benchmarks of lm-eval",
         "mlx-dpo eval run --drift                  what else training changed",
     ),

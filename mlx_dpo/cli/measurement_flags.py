@@ -82,7 +82,7 @@ FLAGS = (
         "--max-tokens",
         type=click.IntRange(min=1),
         help="Maximum number of tokens per answer of --tasks and --reference-answers.",
-        show_default="as in the task, else 512",
+        show_default="as in the task; 512 for reference answers",
     ),
 )
 
