@@ -8,6 +8,8 @@ decisions are a `PairsFile` of their own. For `--decisions votes.jsonl` the file
     votes.ann.jsonl       decisions of the rater `ann`
 """
 
+import errno
+import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -136,16 +138,20 @@ def _make_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({reason(error)})") from error
+        raise _unwritable(path, reason(error)) from error
+    if not os.access(path.parent, os.W_OK):
+        raise _unwritable(path, os.strerror(errno.EACCES))
+
+
+def _unwritable(path: Path, cause: str) -> ConfigError:
+    return ConfigError(f"{path}: cannot be written ({cause}); choose another file with --decisions")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         write_file(path, to_checked_json(content), durable=True)
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({reason(error)}); choose another file with --decisions"
-        ) from error
+        raise _unwritable(path, reason(error)) from error
 
 
 def _to_rows(both: AnswersOfBoth) -> list[dict[str, Any]]:

@@ -97,6 +97,13 @@ def test_stored_answers_of_other_settings_are_refused(votes, settings, prompts, 
         open_answers(ComparisonFiles(votes), SETTINGS | settings, prompts, no_answer)
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_answers_are_generated(tmp_path):
+    (tmp_path / "file").write_text("")
+    files = ComparisonFiles(tmp_path / "file" / "votes.jsonl")
+    with pytest.raises(ConfigError, match=r"votes\.answers\.json: cannot be written"):
+        open_answers(files, SETTINGS, None, no_answer)
+
+
 def test_changed_answers_are_refused(votes):
     stored(votes)
     path = votes.with_suffix(".answers.json")
