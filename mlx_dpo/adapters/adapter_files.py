@@ -7,6 +7,8 @@ in PEFT's layout.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,23 @@ def load_adapter_weights(model: nn.Module, path: Path) -> None:
         ModelError: names or shapes differ, or the file cannot be read.
     """
     set_adapter_weights(model, read_adapter_weights(path), path)
+
+
+@contextmanager
+def with_adapter_weights(model: nn.Module, adapter: LoadedAdapter) -> Iterator[None]:
+    """Give the model's adapters the weights of `adapter` inside the `with` block.
+
+    Afterwards they have the arrays from before.
+
+    Raises:
+        ModelError: names or shapes differ from those of the trainable parameters.
+    """
+    before = adapter_weights(model)
+    set_adapter_weights(model, peft.to_mlx_names(adapter.weights, model), adapter.path)
+    try:
+        yield
+    finally:
+        model.load_weights(list(before.items()), strict=False)
 
 
 def set_adapter_weights(model: nn.Module, weights: Arrays, path: Path) -> None:

@@ -12,7 +12,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.adapter_files import attach_loaded_adapter, read_adapter
+from mlx_dpo.adapters.adapter_files import (
+    attach_loaded_adapter,
+    read_adapter,
+    with_adapter_weights,
+)
 from mlx_dpo.adapters.layers import adapter_rank
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.training import SCORED_BY_PAIRS, PassLimit
@@ -47,7 +51,7 @@ from mlx_dpo.scoring.select_scorer import (
 )
 from mlx_dpo.scoring.sharded.gathered_blocks import is_sharded
 from mlx_dpo.training.monitor.recorded_samples import RecordedSampler
-from mlx_dpo.training.monitor.samples import AnswerSampler
+from mlx_dpo.training.monitor.samples import AnswerSampler, BaseMode
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.training.synced_reference import SyncedReference
@@ -332,12 +336,24 @@ def make_answer_sampler(
     )
     if sampler is None:
         return None
+    sampler.base_mode = _start_mode(config)
     log = SamplesLog(paths.samples, after=step)
     recorded = RecordedSampler(sampler, base.tokenizer, log, thinking=config.thinking)
     if step == 0 and adapters.get_fine_tune_type(base.model) == "full":
         base.model.eval()
         recorded.remember_untrained(base.model)
     return recorded
+
+
+def _start_mode(config: DPOConfig) -> BaseMode:
+    """Return the context in which a policy is the model that training started from.
+
+    That is the base with the start adapter, if there is one: without it, instruction tuning before
+    the preferences would count as drift of the preferences.
+    """
+    if config.start_adapter is None:
+        return adapters.disable_adapters
+    return partial(with_adapter_weights, adapter=read_adapter(Path(config.start_adapter)))
 
 
 def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyWeights | None:

@@ -89,6 +89,21 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, tmp_path, 
         assert mx.array_equal(value, weights(config)[name]), name
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_sampled_answers_drift_from_the_model_with_the_start_adapter(config, tmp_path, variant):
+    """What the start adapter had changed is no drift, also after a resume."""
+    first = replace(config, learning_rate=1e-2, epochs=3)
+    config = replace(started(first, tmp_path, variant), learning_rate=1e-12, epochs=1)
+    record = json.loads((tmp_path / "first" / "run.json").read_text())
+    assert record["evaluation"]["eval_completions/kl"] > 0.01
+    train(config, stop_after=2)
+    trainer, _ = train(config, resume=True)
+    row = trainer.evaluation
+    assert row["eval_completions/kl"] == pytest.approx(0, abs=1e-5)
+    assert row["eval_completions/base_mean_length"] == row["eval_completions/mean_length"]
+    assert row["eval_completions/base_repetition"] == row["eval_completions/repetition"]
+
+
 @pytest.mark.parametrize("variant", ["dora", "full"])
 def test_a_run_from_a_start_adapter_is_resumed_bit_for_bit(config, tmp_path, variant):
     config = started(config, tmp_path, variant)

@@ -78,9 +78,8 @@ def measure_kl(
     whose variance is never larger, and which is never negative. Source: Amini et al. 2025,
     arXiv:2504.10637.
 
-    `estimate_kl` of the monitor is the mean of `sampled` per token, from the model without any
-    adapter. The base of `switch` is the model that training started from, with its start adapter,
-    also after full fine-tuning.
+    `estimate_kl` of the monitor is the mean of `sampled` per token. The base of `switch` is the
+    model that training started from, with its start adapter, also after full fine-tuning.
 
     Args:
         model: the model of `switch`, in `eval` mode.

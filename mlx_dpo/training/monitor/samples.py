@@ -4,8 +4,9 @@ Metrics of pairs judge given texts. A policy can rank them well while its own an
 themselves or run to the length limit; only its own answers show that.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -36,6 +37,10 @@ MORE_REPETITION = 0.15  # above the base model, which may repeat itself as well
 MAX_KL = 1.0  # nats per token; about the entropy of a chat model per token
 MIN_LENGTH_SHARE = 0.1  # of the base model's length; below it answers are empty
 MORE_CLIPPED = 0.5  # share of answers at the length limit, above the base model's share
+
+
+# A context in which a policy is the model that training started from.
+BaseMode = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 def base_name(name: str) -> str:
@@ -71,13 +76,17 @@ def measure_answers(answers: Sequence[GeneratedTokens], kl: float | None = None)
 
 
 def estimate_kl(
-    policy: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[GeneratedTokens]
+    policy: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[GeneratedTokens],
+    base_mode: BaseMode = disable_adapters,
 ) -> float | None:
     """Estimate KL(policy || base) per token, in nats, from answers of the policy.
 
     The estimate is the mean log-ratio of the sampled tokens. It is unbiased at temperature 1, and
-    its expectation is never negative. The base is the model without adapters; after full
-    fine-tuning its weights are gone and the result is None, as it is without any tokens.
+    its expectation is never negative. The base is what the model is in `base_mode`, by default
+    without adapters; after full fine-tuning its weights are gone and the result is None, as it is
+    without any tokens.
     """
     if get_fine_tune_type(policy) == "full":
         return None
@@ -86,7 +95,7 @@ def estimate_kl(
         stop = [] if answer.stop_token is None else [answer.stop_token]
         tokens = mx.array([[*prompt, *answer.tokens, *stop]])
         logps = token_logps(policy, tokens)[0, len(prompt) - 1 :]
-        with disable_adapters(policy):
+        with base_mode(policy):
             base_logps = token_logps(policy, tokens)[0, len(prompt) - 1 :]
         total += scalar((logps - base_logps).sum())
         count += logps.size
@@ -109,6 +118,7 @@ class AnswerSampler:
         context: int | None,
     ) -> None:
         """Create a sampler of one answer, of at most `max_tokens` tokens, to each prompt."""
+        self.base_mode: BaseMode = disable_adapters  # the policy as training started from it
         self.prompts, self._stop_tokens, self._context = prompts, stop_tokens, context
         self.sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=0)
         self.answers: list[GeneratedTokens] = []  # of the policy, at the last measurement
@@ -152,14 +162,17 @@ class AnswerSampler:
         if self._base is None:
             self._base = self._measure_base(policy)
         self.answers = answers = self.sample(policy)
-        row = measure_answers(answers, estimate_kl(policy, self.prompts, answers)).to_row()
+        row = measure_answers(answers, self._estimate_kl(policy)).to_row()
         return {EVAL_PREFIX + name: value for name, value in (row | self._base).items()}
+
+    def _estimate_kl(self, policy: nn.Module) -> float | None:
+        return estimate_kl(policy, self.prompts, self.answers, self.base_mode)
 
     def _measure_base(self, policy: nn.Module) -> dict[str, float]:
         """Return the metrics of the base model's answers; none if its weights are gone."""
         if get_fine_tune_type(policy) == "full":
             return {}
-        with disable_adapters(policy):
+        with self.base_mode(policy):
             self.base_answers = self.sample(policy)
         row = measure_answers(self.base_answers).to_row()
         return {base_name(name): value for name, value in row.items()}
