@@ -75,7 +75,8 @@ class TasksMeasurement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics of both states, their differences, and facts about the tasks."""
-        facts = {"of": self.subject, "tasks": self.tasks, "difference": self.differences}
+        facts = {name: self.settings[name] for name in ("lm-eval", "apply_chat_template")}
+        facts |= {"of": self.subject, "tasks": self.tasks, "difference": self.differences}
         return facts | {state: dict(metrics) for state, metrics in self.metrics.items()}
 
 

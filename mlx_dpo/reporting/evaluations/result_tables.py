@@ -3,7 +3,7 @@
 A function takes the results of a measurement as JSON values, new or stored in a run folder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mlx_dpo.reporting.evaluations.drift_tables import drift_tables
 from mlx_dpo.reporting.evaluations.table import Results, ResultTable
@@ -33,7 +33,10 @@ def _change(before: float, after: float) -> str:
 
 
 def task_tables(subject: str, results: Results) -> list[ResultTable]:
-    """Return the table of benchmark metrics before and after training, with standard errors."""
+    """Return the table of benchmark metrics before and after training, with standard errors.
+
+    Published numbers compare only with the same examples and template, so both are shown.
+    """
     rows = [
         (
             f"{task} {metric}",
@@ -45,7 +48,23 @@ def task_tables(subject: str, results: Results) -> list[ResultTable]:
         for metric in metrics
         if "_stderr" not in metric
     ]
-    return [ResultTable(f"Benchmarks: {subject}", ("base", "aligned", "difference (95 %)"), rows)]
+    template = "with" if results["apply_chat_template"] else "without"
+    documents, examples = (
+        _range([facts.get(name) for facts in results["tasks"].values()])
+        for name in ("documents", "num_fewshot")
+    )
+    title = (
+        f"Benchmarks: {subject} (lm-eval {results['lm-eval']}, {template} chat template; "
+        f"documents per task: {documents}, examples per prompt: {examples})"
+    )
+    return [ResultTable(title, ("base", "aligned", "difference (95 %)"), rows)]
+
+
+def _range(counts: Sequence[int | None]) -> str:
+    """Return the smallest and the largest count; groups of tasks have none of their own."""
+    known = [count for count in counts if count is not None]
+    low, high = min(known, default=0), max(known, default=0)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _with_error(metrics: Results, metric: str) -> str:

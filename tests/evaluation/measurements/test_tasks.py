@@ -280,7 +280,8 @@ def test_results_are_printed_and_stored_with_errors_and_differences(tiny):
     assert result.exit_code == 0, result.output
     shown = " ".join(result.stdout.split())
     assert "Benchmarks: local_choice, local_rolling" in shown
-    assert "local_choice acc" in shown and "±" in shown
+    assert "local_choice acc " in shown and "±" in shown
+    assert "with chat template; documents per task: 5, examples per prompt: 0)" in shown
     assert "bootstrapping" not in result.output
     [file] = (tiny / "run/evaluations").iterdir()
     stored = json.loads(file.read_text())
