@@ -215,6 +215,8 @@ def _choose_model(address: Address, names: Sequence[str]) -> Address:
     if len(names) == 1:
         return Address(address.url, address.host, names[0])
     found = f"found {_shown(names)}" if names else "the server lists none"
+    if not names and not address.url.endswith("/v1"):
+        found += ", and most addresses end in /v1"
     raise ConfigError(f"{address}: name one of its models ({found}), as in {address.url}#MODEL")
 
 

@@ -189,6 +189,12 @@ def test_a_server_without_a_readable_list_of_models_is_one_error(models, message
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_address_without_v1_is_pointed_out():
+    with fake_server() as server, pytest.raises(ConfigError, match=r"most addresses end in /v1"):
+        server.models = (404, {}, b"")
+        open_any_responder(server.url.removesuffix("/v1"))
+
+
 def test_a_server_without_a_list_answers_a_named_model():
     with fake_server() as server:
         server.models = (404, {}, b"")

@@ -205,6 +205,15 @@ def test_a_server_that_sends_only_garbage_is_given_up_after_three_replies():
     assert "\x1b" not in error
 
 
+def test_a_server_that_sends_garbage_now_and_then_is_not_given_up():
+    """Only unusable replies in a row end the command."""
+    script = ([OK] + [b"<html>"] * 5) * 4
+    with fake_server(OK, script=script) as server:
+        texts, counts, error = complete(server, [body(str(n)) for n in range(8)])
+    assert (texts, error) == ({n: "" if n % 2 else "fine" for n in range(8)}, None)
+    assert (counts.requests, counts.retries, counts.unusable) == (4 * 6, 4 * 4, 4)
+
+
 def test_a_reply_beyond_all_bounds_is_not_read_to_its_end(monkeypatch):
     monkeypatch.setattr(client_module, "MAX_REPLY_BYTES", 100_000)
     with fake_server(OK, script=[OK] + [completion("x" * 200_000)] * 5) as server:
