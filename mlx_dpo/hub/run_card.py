@@ -22,14 +22,14 @@ from mlx_dpo.io.checksums import read_checked_json
 from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
-from mlx_dpo.reporting.evaluations.shown_result import ShownResult, show_result
+from mlx_dpo.reporting.evaluations.shown_result import ShownResult
 from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.runs.save_peft import LOADS_IN_PEFT
 from mlx_dpo.runs.summary import describe_loss
 from mlx_dpo.saved_runs.export_peft import open_finished
 from mlx_dpo.saved_runs.open import OpenRun
 from mlx_dpo.saved_runs.report import write_curves
-from mlx_dpo.saved_runs.stored_evaluations import read_present_evaluations
+from mlx_dpo.saved_runs.stored_evaluations import read_present_evaluations, show_evaluation
 from mlx_dpo.training.monitor.verdict import Verdict
 
 DEFAULT_SAMPLES = 3  # of --prompts
@@ -192,7 +192,7 @@ def _eval_results(opened: OpenRun, *, show_private: bool) -> list[ShownResult]:
     for stored in read_present_evaluations(opened):
         is_public = stored.subject.startswith("held-out") or stored.measurement == "tasks"
         subject = stored.subject if is_public or show_private else "data that is not named here"
-        shown.append(show_result(stored.measurement, subject, stored.date, stored.results))
+        shown.append(show_evaluation(opened, stored, subject))
     return [result for result in shown if result is not None]
 
 

@@ -9,7 +9,7 @@ from mlx_dpo.io.atomic import write_file
 from mlx_dpo.phases import phase
 from mlx_dpo.reporting import plots
 from mlx_dpo.reporting.curves import make_charts
-from mlx_dpo.reporting.evaluations.shown_result import ShownResult, show_result
+from mlx_dpo.reporting.evaluations.shown_result import ShownResult
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.reporting.run_page import RunDetails, render_run_page
 from mlx_dpo.reporting.samples import read_samples
@@ -17,7 +17,7 @@ from mlx_dpo.runs.folder import CURVES, RunPaths
 from mlx_dpo.runs.stages.find import find_run
 from mlx_dpo.saved_runs.details import LoggedRun, describe_run, differing_settings
 from mlx_dpo.saved_runs.open import open_run
-from mlx_dpo.saved_runs.stored_evaluations import read_present_evaluations
+from mlx_dpo.saved_runs.stored_evaluations import read_present_evaluations, show_evaluation
 
 PAGE, PLOT = "report.html", "report.png"
 
@@ -85,10 +85,8 @@ def read_shown_results(paths: RunPaths) -> list[ShownResult]:
     """
     if not paths.evaluations.is_dir():
         return []
-    shown = [
-        show_result(stored.measurement, stored.subject, stored.date, stored.results)
-        for stored in read_present_evaluations(open_run(str(paths.folder)))
-    ]
+    run = open_run(str(paths.folder))
+    shown = [show_evaluation(run, stored) for stored in read_present_evaluations(run)]
     return [result for result in shown if result is not None]
 
 

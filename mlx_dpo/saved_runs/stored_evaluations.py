@@ -11,6 +11,7 @@ from mlx_dpo.adapters.adapter_files import CONFIG, adapter_digest
 from mlx_dpo.errors import DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import damaged, read_checked_json, to_checked_json
+from mlx_dpo.reporting.evaluations.shown_result import ShownResult, show_result
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.saved_runs.open import OpenRun
 
@@ -95,6 +96,27 @@ def read_present_evaluations(run: OpenRun) -> list[StoredEvaluation]:
     if not run.paths.evaluations.is_dir() or not (run.adapter / CONFIG).is_file():
         return []
     return read_evaluations(run.paths, adapter_digest=adapter_digest(run.adapter))
+
+
+def show_evaluation(
+    run: OpenRun, stored: StoredEvaluation, subject: str | None = None
+) -> ShownResult | None:
+    """Return a stored result as tables and sentences; None for a measurement without tables.
+
+    Args:
+        run: the run that it was read from.
+        stored: the result.
+        subject: what the tables are to name as measured on; None for the stored name.
+
+    Raises:
+        DamagedFileError: the results are not those of such a measurement.
+    """
+    name = stored.subject if subject is None else subject
+    try:
+        return show_result(stored.measurement, name, stored.date, stored.results)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        path = run.paths.evaluations / stored.file_name
+        raise _unknown(path, f"no results of `{stored.measurement}`") from error
 
 
 def _read(path: Path) -> StoredEvaluation:

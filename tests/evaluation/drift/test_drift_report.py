@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mlx_dpo.adapters.adapter_files import adapter_digest
 from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.inspect.refusals import find_refusal
+from mlx_dpo.errors import DamagedFileError
 from mlx_dpo.evaluation.drift import safety_answers
 from mlx_dpo.evaluation.drift.kl import AnswerKL
 from mlx_dpo.evaluation.drift.measure import DriftSettings, prepare_drift
@@ -23,8 +25,10 @@ from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
 from mlx_dpo.reporting.evaluations.result_tables import make_tables
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.saved_runs.evaluate import load_held_out_pairs
-from mlx_dpo.saved_runs.open import open_run, open_switchable
+from mlx_dpo.saved_runs.open import OpenRun, open_run, open_switchable
+from mlx_dpo.saved_runs.report import read_shown_results
 from mlx_dpo.saved_runs.stored_evaluations import (
+    StoredEvaluation,
     read_evaluations,
     read_present_evaluations,
     save_evaluation,
@@ -300,6 +304,36 @@ def test_report_and_card_show_what_was_stored_of_the_present_adapter(workplace, 
     assert read_present_evaluations(open_run("run")) == []
     save_evaluation(RunPaths(workplace / "run"), stored)
     assert read_present_evaluations(open_run("run")) == [stored]
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {},
+        {"base": {}},
+        {"base": ["perplexity"], "aligned": 3},
+        {"base": {"perplexity": "x"}, "aligned": {}},
+        {"base": {}, "aligned": {}, "kl": 1},
+        {"base": {}, "aligned": {}, "refusals": [{}]},
+    ],
+)
+def test_results_of_another_shape_are_an_error_with_their_file(workplace, results):
+    opened = open_run("run")
+    stored = StoredEvaluation(
+        "drift", "held-out pairs", "2026-11-30", adapter_digest(opened.adapter), {}, {}, results
+    )
+    save_evaluation(opened.paths, stored)
+    with pytest.raises(DamagedFileError, match=r"evaluations/drift-held-out-pairs\.json: damaged"):
+        read_shown_results(opened.paths)
+
+
+def test_a_run_on_plain_text_has_no_refusals(workplace, monkeypatch):
+    monkeypatch.setattr(OpenRun, "trained_on_text", True)
+    report = prepare_drift(DriftSettings(prompts=2, max_tokens=8))(open_switchable("run"))
+    assert report.refusals is None
+    assert "plain text" in report.notes[0]
+    assert "refusals" not in report.to_dict()
+    assert len(make_tables("drift", "x", report.to_dict())) == 2
 
 
 def test_a_card_names_no_file_unless_private_names_are_wanted(workplace, refusing):
