@@ -73,10 +73,10 @@ def score(
     """Score the answers in ROWS with RUN as reward model: the implicit rewards of DPO.
 
     ROWS is a file, or a folder or dataset on the Hub, of which the held-out split is read. A row is
-    a pair, or one answer (`prompt` and `completion`, or `messages`). Each is printed as a line of
-    JSON, a pair with `reward_chosen`, `reward_rejected` and `reward_margin`, an answer with
-    `reward`. A summary on stderr has the accuracy: the share of pairs whose chosen answer has the
-    higher reward, also for each value of the column `subset`, as in RewardBench.
+    a pair or one answer, such as `prompt` and `completion`. Each is printed as a line of JSON, a
+    pair with `reward_chosen`, `reward_rejected` and `reward_margin`, an answer with `reward`. A
+    summary on stderr has the accuracy: the share of pairs whose chosen answer has the higher
+    reward, also for each value of the column `subset`, as in RewardBench.
 
     The reward is beta (log π − log π_ref), arXiv:2305.18290, Eq. 5; that of a reference-free loss
     is the loss's own. Texts are encoded as in training, but never truncated: rows that do not fit

@@ -11,14 +11,16 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.tokenization.tokenize_rows import tokenize_example
 from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.saved_runs.implicit_rewards import ImplicitRewards
-from mlx_dpo.schemas import has_pair_schema
+from mlx_dpo.schemas import SCHEMAS, has_pair_schema
+from mlx_dpo.schemas.labelled import LABELLED
 from mlx_dpo.schemas.schema import Record, Row, RowRules, rename_columns
+from mlx_dpo.schemas.supervised import fits_supervised
 from mlx_dpo.types import PreferenceExample, TokenizedPair
 
 BLOCK_SIZE = 256  # examples in memory at once
 SUBSET = "subset"  # column of RewardBench with the name of a row's subset
 CHOSEN, REJECTED, MARGIN, REWARD = "reward_chosen", "reward_rejected", "reward_margin", "reward"
-ANSWER_FIELDS = ("completion", "messages", "conversations")  # of rows with one answer
+LABEL = "label"  # column that says whether an answer is good
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +137,9 @@ def score_rows(
 ) -> Iterator[ScoredRow]:
     """Yield the rows in order with their implicit rewards; `BLOCK_SIZE` of them are in memory.
 
-    A row is a pair of any schema, or one answer: `prompt` and `completion`, or `messages` that end
-    with the assistant's turn. Of a row with several pairs (rated completions), each pair is a row
-    with `prompt`, `chosen` and `rejected`.
+    A row is a pair of any schema, or one answer in a schema of instruction tuning, such as `prompt`
+    and `completion`; of a conversation, the last answer is scored. Of a row with several pairs
+    (rated completions), each pair is a row with `prompt`, `chosen` and `rejected`.
 
     Args:
         rules: the settings for parsing rows; margins and weights are not read.
@@ -189,16 +191,22 @@ def _parse(
     row: Row, rules: RowRules, report: PairsReport, bad_pairs: str
 ) -> Iterator[ParsedExample]:
     renamed, rules = rename_columns(row, rules.renamed), replace(rules, renamed={})
-    is_answer = rules.schema is None and _has_single_answer(renamed)
-    if is_answer:  # read as a labelled row, whose label does not matter
-        renamed = Row({"label": True} | renamed.record, row.location)
-    rules = replace(rules, judged=is_answer or rules.schema == "labelled")
+    is_answer = _is_single_answer(renamed) if rules.schema is None else rules.schema not in SCHEMAS
+    if is_answer:  # whatever its label says of it
+        record = {name: value for name, value in renamed.record.items() if name != LABEL}
+        renamed = Row(record, row.location)
+    rules = replace(
+        rules,
+        judged=rules.schema == LABELLED.name,
+        supervised=is_answer,
+        assistant_turns="last",
+    )
     return parse_rows([renamed], rules, report, bad_pairs=bad_pairs)
 
 
-def _has_single_answer(row: Row) -> bool:
-    is_named = any(name in row.record for name in ANSWER_FIELDS)
-    return is_named and "chosen" not in row.record and not has_pair_schema(row)
+def _is_single_answer(row: Row) -> bool:
+    is_pair = "chosen" in row.record or has_pair_schema(row)
+    return not is_pair and fits_supervised(row.record)
 
 
 def _row_of(parsed: ParsedExample, row: Row) -> Row:

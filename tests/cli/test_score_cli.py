@@ -61,6 +61,7 @@ def test_answers_are_scored_alone_or_in_messages_with_or_without_a_label(trained
         {"prompt": "What is 3?", "completion": "It is 3."},
         {"messages": [turn, {"role": "assistant", "content": "It is 3."}], "id": 7},
         {"prompt": "What is 3?", "completion": "It is 3.", "label": False},
+        {"instruction": "What is 3?", "input": "", "output": "It is 3."},
         {"prompt": "What is 3?", "chosen": "It is 3.", "rejected": "no"},
     ]
     result = score(
@@ -69,10 +70,10 @@ def test_answers_are_scored_alone_or_in_messages_with_or_without_a_label(trained
     assert result.exit_code == 0, result.output
     *single, pair = lines((tmp_path / "o.jsonl").read_text())
     wanted = reward("What is 3?", "It is 3.")
-    assert [row.pop("reward") for row in single] == pytest.approx([wanted] * 3, abs=1e-5)
-    assert single == rows[:3]
+    assert [row.pop("reward") for row in single] == pytest.approx([wanted] * 4, abs=1e-5)
+    assert single == rows[:4]
     assert pair["reward_chosen"] == pytest.approx(wanted, abs=1e-5)
-    assert f"mean reward of 3 single answers: {wanted:.3f}" in result.stdout
+    assert f"mean reward of 4 single answers: {wanted:.3f}" in result.stdout
 
 
 def test_accuracy_is_that_of_each_subset_and_of_all_with_an_interval(trained, reward, tmp_path):
@@ -146,6 +147,16 @@ def test_texts_longer_than_in_training_are_scored_whole(trained, reward, tmp_pat
     assert abs(row["reward"] - half) > 1e-4
 
 
+def test_of_a_conversation_the_last_answer_is_scored_after_the_others(trained, tmp_path):
+    roles = ("user", "assistant") * 2
+    texts = ("Who?", "The cat sat.", "What is 3?", "It is 3.")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns}])
+    [row] = lines(score(trained / "run", path).stdout)
+    [ranking] = open_run_reward(f"run:{trained}/run").rank([turns[:3]], [["It is 3."]])
+    assert row["reward"] == pytest.approx(ranking.scores[0], abs=1e-5)
+
+
 def test_rated_completions_are_a_row_or_make_a_row_for_each_pair(trained, reward, tmp_path):
     texts = ("no", "It is 3.", "3")
     answers = [{"response": text, "overall_score": n} for n, text in enumerate(texts)]
@@ -182,8 +193,9 @@ PAIR = {"prompt": "Why?", "chosen": "a", "rejected": "b"}
     [
         (PAIR | {"reward_margin": 1}, "rows.jsonl:2: the row has a column `reward_margin` already"),
         (PAIR | {"rejected": ""}, "rows.jsonl:2: a completion is empty"),
-        ({"text": "a"}, "rows.jsonl:2: missing `chosen`"),
+        ({"words": "a"}, "rows.jsonl:2: missing `chosen`"),
         ({"prompt": "Why?", "completion": 3}, "rows.jsonl:2: `completion` must be text"),
+        ({"prompt": "Why?", "completion": " "}, "rows.jsonl:2: a completion is empty"),
     ],
 )
 def test_a_bad_row_is_an_error_of_one_line_and_no_file_is_written(trained, tmp_path, row, message):
