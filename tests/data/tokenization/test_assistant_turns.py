@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.inspect.segments import PROMPT, SCORED, segment_pair
-from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.data.tokenization import cache as token_cache
 from mlx_dpo.data.tokenization.cache import TokenCache, load_source
@@ -42,7 +42,7 @@ def scored_texts(tokenizer, pair):
         ends.append(start)
         starts.append(end)
     parts = zip(starts, [*ends, len(pair.chosen)], strict=True)
-    return [tokenizer.decode(list(pair.chosen[start:end])).strip() for start, end in parts]
+    return [tokenizer.decode(list(pair.chosen[start:end])).lstrip() for start, end in parts]
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace])
@@ -90,13 +90,14 @@ def test_a_template_that_ends_only_the_last_turn_is_refused():
     template = tokenizer.chat_template
     ends_last = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% if loop.last %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.chat_template = ends_last
     try:
-        with pytest.raises(PromptBoundaryError, match="use --assistant-turns last"):
+        with pytest.raises(PromptBoundaryError, match=r"turn 2; .* use --assistant-turns last"):
             tokenize(tokenizer, TURNS)
+        assert scored_texts(tokenizer, tokenize(tokenizer, TURNS, "last")) == ["So.<|im_end|>"]
     finally:
         tokenizer.chat_template = template
 
@@ -141,7 +142,7 @@ def test_gaps_survive_the_cache(tmp_path, monkeypatch):
     rows = [{"messages": messages(TURNS[:n])} for n in (6, 2, 4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = byte_level("chatml")
-    known = list(load_pairs(path, tokenizer, TokenRules(), rows=RULES).pairs)
+    known = [tokenize(tokenizer, TURNS[:n]) for n in (6, 2, 4)]
     cache = TokenCache(tmp_path / "cache", "digest", "model")
     for _ in range(2):
         read = load_source(
@@ -150,8 +151,20 @@ def test_gaps_survive_the_cache(tmp_path, monkeypatch):
             PairRules(TokenRules(), RULES),
             cache,
         )
-        assert list(read.pairs) == known
+        for pair, expected in zip(read.pairs, known, strict=True):
+            assert (pair.prompt, pair.chosen, pair.rejected) == (
+                expected.prompt,
+                expected.chosen,
+                (),
+            )
+            assert pair.gaps == expected.gaps
     assert [len(pair.gaps) for pair in known] == [2, 0, 1]
+
+
+def test_other_gaps_are_other_data():
+    """A run is not resumed with another mask of the same tokens."""
+    others = [replace(talk(), gaps=gaps) for gaps in ((), ((3, 5),), ((3, 4), (7, 8)))]
+    assert len({pairs_digest([pair]) for pair in (talk(), *others)}) == 4
 
 
 def test_the_turns_between_two_answers_are_shown_as_context():
