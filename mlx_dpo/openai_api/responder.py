@@ -48,8 +48,9 @@ class ApiResponder:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Address and model of what answers, to be stored with an answer."""
-        return {"model": str(self.address)}
+        """Address and model of what answers, with its digest if the server has one."""
+        digest = self.model.get("digest")
+        return {"model": str(self.address)} | ({"model_digest": digest} if digest else {})
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
         """Return one answer per prompt, without thinking; each result says whether it was cut.

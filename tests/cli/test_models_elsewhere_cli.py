@@ -299,6 +299,7 @@ def test_the_answers_of_a_real_server_are_those_of_its_model(folder, model):
     assert counts_line(first) == f"{COUNT} from {COUNT} requests, {cut} cut at the token limit"
     assert counts_line(again) == f"{COUNT} from the cache, {cut} cut at the token limit"
     assert rows(folder, "again") == rows(folder)
+    assert len(rows(folder)[0]["provenance"]["chosen_from"]["model_digest"]) == 64
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.errors import ConfigError, DPOError, ModelError
+from mlx_dpo.evaluation.judge import open_judge
 from mlx_dpo.openai_api.address import Address
 from mlx_dpo.openai_api.connection import Connection
 from mlx_dpo.openai_api.responder import open_api_responder
@@ -90,6 +91,8 @@ def test_what_was_answered_is_not_sent_again():
         server.models["data"][0]["digest"] = "other weights under the same name"
         ask(open_any_responder(server.url + "#m"), "a")
         assert len(server.bodies) == 5
+        judge = open_judge(None, server.url, None)
+        assert judge.provenance()["judge_digest"] == "other weights under the same name"
         server.models["data"][0]["created"] = 5  # some servers give the current time
         ask(open_any_responder(server.url + "#m"), "a")
         assert len(server.bodies) == 5
