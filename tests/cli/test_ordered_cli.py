@@ -121,6 +121,7 @@ def test_the_principles_are_printed():
     ("flags", "message"),
     [
         (("--revisions", 2), "`revisions` has no effect without --principles"),
+        (("--revision-temperature", 1), "`revision_temperature` has no effect without --princ"),
         (("--critic", "m"), "`critic` has no effect without --principles"),
         (("--system-rejected", "x"), "`system_rejected` has no effect without --system-chosen"),
         (("--principles", "default", "--system-chosen", "x"), "`system_chosen` has no effect"),

@@ -31,10 +31,20 @@ def script(messages):
     return f"{messages[-4]['content']}+" if last.startswith("Revise") else f"<{last}>"
 
 
-def sample(reply=script, *, principles=(KIND,), prompts=PROMPTS, critic=None, chunk=0, **more):
+def sample(
+    reply=script,
+    *,
+    principles=(KIND,),
+    prompts=PROMPTS,
+    critic=None,
+    chunk=0,
+    temperature=0.0,
+    **more,
+):
     responder = ScriptedResponder(reply, **more)
     draw = PrincipleDraw(principles, len(principles))
-    return responder, Reviser(responder, draw, SAMPLING, critic)(prompts, chunk)
+    reviser = Reviser(responder, draw, SAMPLING, critic, temperature)
+    return responder, reviser(prompts, chunk)
 
 
 def turns(*texts, system=None):
@@ -72,10 +82,20 @@ def test_a_further_revision_begins_anew_with_the_revised_answer_and_another_prin
     assert "revisions" not in first.source
 
 
+def test_critiques_and_revisions_are_greedy_unless_they_have_a_temperature():
+    responder, _ = sample()
+    first, *others = responder.samplings
+    assert first == Sampling(temperature=1.0, seed=derive_seed(5, 0, 0))
+    assert others == [Sampling(max_tokens=SAMPLING.max_tokens)] * 2
+    responder, _ = sample(temperature=0.5)
+    assert [sampling.temperature for sampling in responder.samplings] == [1.0, 0.5, 0.5]
+
+
 def test_every_step_has_its_own_seed_by_chunk():
-    responder, _ = sample(principles=(KIND, SHORT), chunk=3)
+    responder, _ = sample(principles=(KIND, SHORT), chunk=3, temperature=0.5)
     seeds = [sampling.seed for sampling in responder.samplings]
-    assert seeds == [derive_seed(5, 3, position) for position in range(5)]
+    assert seeds == [derive_seed(5, 3, 0), *(derive_seed(0, 3, n) for n in range(1, 5))]
+    assert len(set(seeds)) == 5
 
 
 def test_a_critic_criticises_and_the_model_revises():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 METHODS = ("principles", "system_chosen", "answers_from")  # flags that make the better answer
-ORDERED_FLAGS = (*METHODS, "revisions", "critic", "system_rejected")
+ORDERED_FLAGS = (*METHODS, "revisions", "revision_temperature", "critic", "system_rejected")
 
 
 def _print_principles(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -43,7 +43,7 @@ def _print_principles(ctx: click.Context, parameter: click.Parameter, value: boo
 
 
 def principle_flags(command: Command) -> Command:
-    """Add the flags `--principles`, `--revisions` and `--critic` to a command."""
+    """Add `--principles` and the flags that belong to it to a command."""
     for decorate in (
         click.option(
             "--critic",
@@ -51,6 +51,13 @@ def principle_flags(command: Command) -> Command:
             metavar="RUN|MODEL|URL",
             help="With --principles: what criticises the answers.",
             show_default="what answers",
+        ),
+        click.option(
+            "--revision-temperature",
+            type=click.FloatRange(min=0),
+            metavar="T",
+            help="With --principles: sampling temperature of critiques and revisions.",
+            show_default="0: greedy",
         ),
         click.option(
             "--revisions",
@@ -128,6 +135,7 @@ class OrderedFlags:
     answers_from: str | None
     principles: str | None
     revisions: int | None
+    revision_temperature: float | None
     critic: str | None
     system_chosen: str | None
     system_rejected: str | None
@@ -152,6 +160,7 @@ class OrderedFlags:
         """
         for name, needed in (
             ("revisions", "principles"),
+            ("revision_temperature", "principles"),
             ("critic", "principles"),
             ("system_rejected", "system_chosen"),
         ):
@@ -244,7 +253,7 @@ def _read_principles(flags: OrderedFlags, sampling: Sampling) -> Opener:
         judge = open_principle_judge(*flags.judging, responder)
         if not flags.judging.is_given:
             echo(f"Judge: {judge.name}, which judges its own answers by the principles", err=True)
-        reviser = Reviser(responder, draw, sampling, critic)
+        reviser = Reviser(responder, draw, sampling, critic, flags.revision_temperature or 0.0)
         return reviser, REVISION_RULE, judge_drawn(judge, draw)
 
     return open_method

@@ -143,7 +143,8 @@ class PairCollector:
         """
         draw = replace(self._draw, seed=seed)
         sampling = replace(self.settings.sampling, seed=seed)
-        reviser = Reviser(policy, draw, sampling, self.critic)
+        temperature = self.settings.revision_temperature or 0.0
+        reviser = Reviser(policy, draw, sampling, self.critic, temperature)
         tasks = OrderedTaskSampler(
             prompts, pairs_file, reviser, REVISION_RULE, chunk_size=JUDGE_CHUNK
         )

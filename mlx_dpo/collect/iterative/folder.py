@@ -62,6 +62,7 @@ class IterativeSettings:
     rubric: str | None = None
     principles: str | None = None  # file; None for the best and worst of several answers
     revisions: int | None = None  # with principles; None for one
+    revision_temperature: float | None = None  # with principles; None for greedy decoding
     critic: str | None = None
     # Of the connection to a judge or a critic at an address.
     allow_remote: bool = False
@@ -79,7 +80,7 @@ class IterativeSettings:
             raise ConfigError("prompts are read in every round, but `-` can be read only once")
         if self.principles is None:
             SamplingPlan(answers=self.answers, samplings=(self.sampling,)).check(1)
-        for name in ("revisions", "critic"):
+        for name in ("revisions", "revision_temperature", "critic"):
             if self.principles is None and getattr(self, name) is not None:
                 raise ConfigError(f"`{name}` has no effect without --principles")
         self.connect()

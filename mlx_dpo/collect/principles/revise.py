@@ -6,6 +6,7 @@ principle, and revises it. Here the revision and the first answer are a preferen
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mlx_dpo.collect.ordered_pairs import PairRule
 from mlx_dpo.collect.principles.principle_set import Principle, PrincipleDraw
@@ -73,14 +74,27 @@ class Reviser:
     Args:
         responder: model that answers and revises.
         draw: principles for each prompt.
-        sampling: settings of all answers, critiques and revisions.
+        sampling: settings of the first answers.
         critic: model that criticises; None for the same model.
+        temperature: sampling temperature of critiques and revisions; 0 for greedy decoding, by
+            which a small model loses less of the content.
     """
 
     responder: Responder
     draw: PrincipleDraw
     sampling: Sampling
     critic: Responder | None = None
+    temperature: float = 0.0
+
+    @cached_property
+    def revision_sampling(self) -> Sampling:
+        """Settings of critiques and revisions."""
+        if self.temperature:
+            return replace(self.sampling, temperature=self.temperature, seed=self.draw.seed)
+        return Sampling(
+            max_tokens=self.sampling.max_tokens,
+            repetition_penalty=self.sampling.repetition_penalty,
+        )
 
     def __call__(self, prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
         """Return the last revision and the first answer for each prompt."""
@@ -100,7 +114,7 @@ class Reviser:
             chain.conversation(principle.critique_request)
             for chain, principle in zip(chains, principles, strict=True)
         ]
-        sampling = with_chunk_seed(self.sampling, chunk, 2 * number + 1)
+        sampling = with_chunk_seed(self.revision_sampling, chunk, 2 * number + 1)
         critiques = _reply_if_room(self.critic or self.responder, conversations, sampling)
         steps = []
         for chain, principle, critique in zip(chains, principles, critiques, strict=True):
@@ -112,7 +126,7 @@ class Reviser:
             chain.conversation(principle.critique_request, text, principle.revision_request)
             for chain, principle, text in steps
         ]
-        sampling = with_chunk_seed(self.sampling, chunk, 2 * number + 2)
+        sampling = with_chunk_seed(self.revision_sampling, chunk, 2 * number + 2)
         source = response_provenance(self.responder, sampling)
         revisions = _reply_if_room(self.responder, conversations, sampling)
         for (chain, principle, text), revision in zip(steps, revisions, strict=True):
