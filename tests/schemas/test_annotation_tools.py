@@ -1,6 +1,7 @@
 """Exports of annotation tools: the pairs are those that a reader of the export would write."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def test_a_feedback_with_another_rating_or_answer(row, expected):
 def test_messages_in_a_circle_are_an_error():
     row = feedback(parentId="a2")
     messages_of(row)["a2"]["parentId"] = "a1"
-    with pytest.raises(DataError, match="in a circle"):
+    with pytest.raises(DataError, match="leads in a circle"):
         parsed(row, LABELS)
 
 
@@ -377,3 +378,50 @@ def test_rows_of_other_schemas_are_not_taken_for_exports(record):
     assert find_schema(Row(record, "rows[0]")).name not in (
         "open-webui", "anything-llm", "argilla", "label-studio",
     )  # fmt: skip
+
+
+JUNK = (
+    None, True, 0, -1, 1.5, float("nan"), "", "x", "left", "tie", "1", [], [1], ["a"], [[]], [{}],
+    {}, {"a": 1}, {"role": "user"}, {"value": None}, [{"selected": 1}],
+)  # fmt: skip
+
+
+def places_of(value, place=()):
+    """Yield the path of keys to every value inside of a JSON value, and to itself."""
+    yield place
+    entries = ()
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
+    for key, inner in entries:
+        yield from places_of(inner, (*place, key))
+
+
+def damaged(row, rng):
+    """Return a copy of a row with one to three values removed or replaced."""
+    copy = json.loads(json.dumps(row))
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        *way, last = rng.choice([place for place in places_of(copy) if place])
+        node = copy
+        for key in way:
+            node = node[key]
+        if isinstance(node, dict) and rng.random() < 0.3 and len(copy) > 1:
+            del node[last]
+        else:
+            node[last] = rng.choice(JUNK)
+    return copy
+
+
+@pytest.mark.parametrize("name", sorted(
+    str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.json")
+))  # fmt: skip
+def test_a_damaged_export_gives_examples_or_one_line_and_never_a_traceback(name):
+    rng, rows = random.Random(name), load(name)
+    for _ in range(300):
+        row = Row(damaged(rng.choice(rows), rng), "rows[0]")
+        for rules in (DEFAULT_RULES, LABELS, RowRules(ranked="all")):
+            try:
+                assert parse_row(row, rules, find_schema(row, rules))
+            except DataError as error:
+                assert "\n" not in str(error)

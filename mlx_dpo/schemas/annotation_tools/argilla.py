@@ -8,6 +8,7 @@ with the package, 2.8.0. Names of fields and questions are those of the guides a
 `PreferenceToArgilla`.
 """
 
+import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ def _find_ranking(questions: Mapping[str, Values], answers: Answers, location: s
     ratings = {}
     for question, values in questions.items():
         name = _rated_answer(question, answers)
-        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        numbers = [v for v in values if _is_number(v)]
         if name is None or not numbers:
             continue
         if name in ratings:
@@ -164,8 +165,12 @@ def _read_places(value: Any, answers: Answers) -> dict[str, float] | None:
         name = answers.by_label.get(simplify(label)) if isinstance(label, str) else None
         if name is None:
             return None
-        places[name] = rank if isinstance(rank, int) else place
+        places[name] = place if rank is None or not _is_number(rank) else rank
     return places if len(places) == len(answers.names) else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _rated_answer(question: str, answers: Answers) -> str | None:

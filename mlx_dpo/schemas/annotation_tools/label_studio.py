@@ -83,13 +83,14 @@ def _read_results(results: Any, location: str) -> Judgement | None:
     """
     by_kind: dict[str, list[Judgement]] = {"pairwise": [], "choices": []}
     for result in results if isinstance(results, list) else ():
-        if not isinstance(result, dict) or result.get("type") not in by_kind:
+        kind = result.get("type") if isinstance(result, dict) else None
+        if not isinstance(kind, str) or kind not in by_kind:
             continue
         value = result.get("value")
         verdict = _read_value(value if isinstance(value, dict) else {})
         if verdict is not None:
             question, compared = (str(result.get(name, "")) for name in ("from_name", "to_name"))
-            by_kind[result["type"]].append(Judgement(question, verdict, compared))
+            by_kind[kind].append(Judgement(question, verdict, compared))
     return _take_single(by_kind["pairwise"] or by_kind["choices"], location)
 
 

@@ -73,8 +73,10 @@ class Chat:
         turns: list[Message] = []
         parent, seen = self._message(answer).get("parentId"), {answer}
         while parent is not None:
-            if parent in seen or not isinstance(parent, str):
-                raise DataError(f"{self.location}: the messages of the chat are in a circle")
+            if not isinstance(parent, str) or parent in seen:
+                raise DataError(
+                    f"{self.location}: `parentId` of a message is none, or leads in a circle"
+                )
             seen.add(parent)
             turns.append(self.turn(parent))
             parent = self._message(parent).get("parentId")
@@ -141,7 +143,11 @@ def _read_messages(chat: Mapping[str, Any], location: str) -> Messages:
     if not isinstance(found, dict):
         listed = chat.get("messages")
         items = listed if isinstance(listed, list) else []
-        found = {item["id"]: item for item in items if isinstance(item, dict) and "id" in item}
+        found = {
+            item["id"]: item
+            for item in items
+            if isinstance(item, dict) and isinstance(item.get("id"), str)
+        }
     messages = {
         id: message for id, message in found.items()
         if isinstance(id, str) and isinstance(message, dict)
