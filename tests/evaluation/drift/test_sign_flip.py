@@ -3,6 +3,7 @@
 from itertools import product
 from math import comb
 
+import numpy as np
 import pytest
 
 from mlx_dpo.evaluation.drift.sign_flip import sign_flip_p_value
@@ -38,3 +39,20 @@ def test_the_convolution_counts_what_enumeration_counts(differences):
     expected = sum(value >= observed for value in sums) / len(sums)
     assert sign_flip_p_value(differences) == pytest.approx(expected)
     assert sign_flip_p_value([-d for d in differences]) == pytest.approx(expected)
+
+
+def test_noise_is_rarely_significant_although_translations_agree():
+    """The test that takes 100 answers as independent is fooled by twenty items that vary."""
+    rng, grouped, naive, runs = np.random.default_rng(0), 0, 0, 400
+    for _ in range(runs):
+        refused = rng.random(20)  # probability that an item is refused, before as after
+
+        def draw(refused=refused):
+            common, own = rng.random(20) < refused, rng.random((20, 5)) < refused[:, None]
+            return np.where(rng.random((20, 5)) < 0.9, common[:, None], own).astype(int)
+
+        changes = draw() - draw()
+        grouped += sign_flip_p_value(changes.sum(axis=1).tolist()) <= 0.025
+        naive += mcnemar(int((changes == 1).sum()), int((changes == -1).sum())) <= 0.025
+    assert grouped / runs <= 0.03
+    assert naive / runs >= 0.15
