@@ -33,6 +33,10 @@ INTEGRATION = {
     "data/test_real_files.py",
     "data/tokenization/test_token_cache.py",
     "evaluation/drift/test_drift_report.py",
+    *(
+        f"evaluation/measurements/test_{name}.py"
+        for name in ("perplexity", "reference_answers", "tasks")
+    ),
     "profiling/test_device_memory.py",
     "profiling/test_memory.py",
     "profiling/test_profile.py",

@@ -52,6 +52,7 @@ def material(tmp_path_factory):
         Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         _train("run")
         _train("unfinished", stop_after=5)
+        assert CliRunner().invoke(cli, ["eval", "run"]).exit_code == 0  # stores its result
         assert CliRunner().invoke(cli, ["card", "run", "--base-model", "org/base"]).exit_code == 0
     return folder
 

@@ -52,6 +52,11 @@ metric_list:
     "local_unsafe": CHOICE + "unsafe_code: true\n",
     "local_broken": CHOICE + "process_results: !function broken.divide\n",
 }
+GROUP = """\
+group: local_group
+task: [local_choice, local_zero]
+aggregate_metric_list: [{metric: acc, weight_by_size: false}]
+"""
 
 
 def write_tasks(folder):
@@ -60,6 +65,7 @@ def write_tasks(folder):
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{DATA.format(rows=rows)}{text}")
+    (folder / "local_group.yaml").write_text(GROUP)
     gone = DATA.format(rows=folder / "gone.jsonl") + CHOICE
     (folder / "local_gone.yaml").write_text(f"task: local_gone\n{gone}")
     (folder / "broken.py").write_text("def divide(doc, results):\n    return {'acc': 1 / 0}\n")
