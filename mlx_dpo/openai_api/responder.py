@@ -50,7 +50,8 @@ class ApiResponder:
     def provenance(self) -> dict[str, Any]:
         """Address and model of what answers, with its digest if the server has one."""
         digest = self.model.get("digest")
-        return {"model": str(self.address)} | ({"model_digest": digest} if digest else {})
+        digests = {"model_digest": digest} if isinstance(digest, str) else {}
+        return {"model": str(self.address)} | digests
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
         """Return one answer per prompt, without thinking; each result says whether it was cut.
