@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -400,7 +401,7 @@ def places_of(value, place=()):
 
 def damaged(row, rng):
     """Return a copy of a row with one to three values removed or replaced."""
-    copy = json.loads(json.dumps(row))
+    copy = deepcopy(row)
     for _ in range(rng.choice((1, 1, 2, 3))):
         *way, last = rng.choice([place for place in places_of(copy) if place])
         node = copy
@@ -409,7 +410,7 @@ def damaged(row, rng):
         if isinstance(node, dict) and rng.random() < 0.3 and len(copy) > 1:
             del node[last]
         else:
-            node[last] = rng.choice(JUNK)
+            node[last] = deepcopy(rng.choice(JUNK))
     return copy
 
 
