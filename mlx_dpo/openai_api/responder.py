@@ -141,6 +141,7 @@ class ApiResponder:
                     f"{self.address}: `{name}` is not in OpenAI's API, and is not sent; the "
                     "server's own value is used"
                 )
+        sampling = sampling.with_seed()  # without one, an earlier reply would be taken for random
         settings: Body = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
         if sampling.top_p != 1:
             settings["top_p"] = sampling.top_p

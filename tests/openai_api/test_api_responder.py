@@ -67,6 +67,14 @@ def test_equal_prompts_get_answers_of_different_seeds():
     assert [reply.text for reply in replies] == ["4294967295", "4294967295", "0", "1"]
 
 
+def test_answers_without_a_seed_are_new_ones_each_time():
+    with fake_server(lambda body: completion(str(body["seed"]))) as server:
+        responder = open_any_responder(server.url + "#m")
+        replies = [responder.reply(prompts("a", "a"), Sampling(temperature=1.0)) for _ in range(2)]
+    assert len({reply.text for pair in replies for reply in pair}) == 4
+    assert len(server.bodies) == 4
+
+
 def test_equal_greedy_requests_are_sent_once():
     with fake_server() as server:
         connection = Connection()
