@@ -184,11 +184,13 @@ def facts(fused: "FusedModel") -> list[tuple[str, str]]:
 
 def retention_lines(retention: "Retention", measured_on: str) -> list[tuple[str, str]]:
     """Return the lines (label, value) that say how much of the training a model retains."""
+    name = "log-ratio" if retention.of_answers else "margin"
+    what = "mean log-ratio of the answers" if retention.of_answers else "mean log-ratio margin"
     return [
         (
-            "margin",
+            name,
             f"{retention.margin:.2%} retained: {retention.margin_before:.3f} before, "
-            f"{retention.margin_after:.3f} after (mean log-ratio margin in nats, {measured_on})",
+            f"{retention.margin_after:.3f} after ({what} in nats, {measured_on})",
         ),
         (
             "change",

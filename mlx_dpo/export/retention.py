@@ -12,7 +12,7 @@ from mlx_dpo.phases import phase
 from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_reference_into
 from mlx_dpo.scoring.generation_match import use_generating_function
 from mlx_dpo.scoring.score_pairs import score_pairs
-from mlx_dpo.types import PairLogps, TokenizedPair
+from mlx_dpo.types import PairLogps, TokenizedPair, lack_rejected
 
 Values = np.ndarray  # (n,) float64
 SMALL_MARGIN = 0.01  # nats; rounding may be larger than such a margin
@@ -32,6 +32,7 @@ class Retention:
     margin: float  # retained share of the margin
     change: float  # retained share of the change of the completions' log-probabilities
     mean_difference: float  # of log-probabilities, absolute, nats per token
+    of_answers: bool = False  # instruction tuning: the margin is the log-ratio of single answers
 
     @property
     def minimum(self) -> float:
@@ -75,6 +76,7 @@ def measure_retention(
         margin=float(after / before) if before else 0.0,
         change=float((policy_ratios * fused_ratios).sum()) / size if size else 0.0,
         mean_difference=float(np.abs(policy_ratios - fused_ratios).sum()) / tokens,
+        of_answers=lack_rejected(pairs),
     )
 
 
@@ -99,7 +101,7 @@ def _margins(pairs: Sequence[TokenizedPair], ratios: Values) -> Values:
 
 def _token_counts(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
     if _is_labelled(pairs):
-        return [(len(pair.chosen),) for pair in pairs]
+        return [(pair.num_scored,) for pair in pairs]
     return [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
 
 
