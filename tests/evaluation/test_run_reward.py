@@ -3,8 +3,10 @@ import json
 import mlx.core as mx
 import mlx_lm
 import pytest
+from click.testing import CliRunner
 
 from mlx_dpo import ConfigError, RunError, evaluate_run
+from mlx_dpo.cli import cli
 from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.evaluation.judge import open_judge
 from mlx_dpo.evaluation.run_reward import open_run_reward
@@ -178,3 +180,29 @@ def test_a_missing_folder_is_an_error_of_one_line(tmp_path):
     ):
         with pytest.raises(error, match=message):
             open_judge(spec, None, None)
+
+
+def test_collected_pairs_and_win_rates_are_those_of_the_runs_rewards(trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    run, pairs = str(trained / "run"), tmp_path / "pairs.jsonl"
+    given = ["--prompts", str(tmp_path / "prompts.txt"), "--reward", f"run:{run}"]
+    more = ["--answers", "3", "--max-tokens", "6", "--temperature", "1", "--seed", "1"]
+    result = CliRunner().invoke(cli, ["collect", run, *given, *more, "--output", str(pairs)])
+    assert result.exit_code == 0, result.output
+    judge = open_run_reward(f"run:{run}")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        texts = [row[name][0]["content"] for name in ("chosen", "rejected")]
+        [ranking] = judge.rank([row["prompt"]], [texts])
+        points = row["provenance"]["points"]
+        assert ranking.scores == pytest.approx((max(points), min(points)), abs=1e-5)
+        source = judge.provenance()
+        assert {name: row["provenance"][name] for name in source} == source
+    sampling = ["--max-tokens", "6", "--temperature", "0", "--json"]
+    result = CliRunner().invoke(cli, ["winrate", run, *given, *sampling])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["by"] == f"reward run:{run}"
+    assert figures["mean_rewards"] is not None
+    assert figures["wins"] + figures["ties"] + figures["losses"] == len(PROMPTS)
