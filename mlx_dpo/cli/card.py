@@ -1,7 +1,6 @@
 """`mlx-dpo card`: write the model card of a run."""
 
 import shlex
-from pathlib import Path
 
 import click
 
@@ -61,8 +60,9 @@ def card(  # noqa: PLR0913 (one argument per flag)
     it.
     """
     from mlx_dpo.hub.run_card import check_no_card, make_run_card, write_card
+    from mlx_dpo.runs.stages.find import run_folder
 
-    folder = Path(run).expanduser()
+    folder = run_folder(run)
     if not overwrite:
         check_no_card(folder)  # before the work
     model_card, notes = make_run_card(

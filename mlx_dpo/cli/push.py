@@ -57,8 +57,9 @@ def push(
     from mlx_dpo.hub.push import prepare_upload
     from mlx_dpo.hub.run_card import make_run_card, write_card
     from mlx_dpo.models.license import CARD
+    from mlx_dpo.runs.stages.find import run_folder
 
-    folder = Path(run).expanduser()
+    folder = run_folder(run)
     if not (folder / CARD).is_file():
         card, notes = make_run_card(run, name, base=base, online=not dry_run)
         echo(f"Written to {write_card(folder, card, overwrite=False)}", err=True)

@@ -2,7 +2,7 @@
 
     python -m scripts.bench.bench_stages --output FOLDER [--seeds 0,1,2] [--steps 160]
 
-The shipped model knows no answer that ends with `Goodbye.`. From its preferences two kinds of rows
+The shipped model hardly ever ends an answer with `Goodbye.`. From its preferences two kinds of rows
 are made: answers in that form, polite or rude at random, as people write them down (instruction
 rows), and pairs in which both answers have that form and the polite one is chosen. Each way gets
 the same number of rows and of steps of 16 rows:

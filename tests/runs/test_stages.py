@@ -3,8 +3,10 @@ import shutil
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 
 from mlx_dpo import ConfigError, DPOConfig, DPOTrainer, RunError, evaluate_run
+from mlx_dpo.cli import cli
 from mlx_dpo.io.checksums import read_checked_json
 from mlx_dpo.runs.folder import RunPaths, read_record
 from mlx_dpo.runs.stages.find import find_run, has_run
@@ -131,6 +133,15 @@ def test_a_folder_of_stages_opens_the_last_finished_stage(values, tmp_path, capl
     (folder / "sft" / "run.json").write_text("{}")
     with pytest.raises(RunError, match=r"run\.json"):
         find_run(str(folder))
+
+
+def test_a_card_is_written_and_uploaded_with_the_last_stage(values, tmp_path):
+    folder = tmp_path / "staged"
+    train(make(values))
+    result = CliRunner().invoke(cli, ["push", str(folder), "me/aligned", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert f"Written to {folder}/dpo/README.md" in result.stderr
+    assert not (folder / "README.md").exists()
 
 
 def test_settings_are_for_both_stages_or_for_the_one_they_act_on(values, rows):

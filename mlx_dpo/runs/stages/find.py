@@ -49,6 +49,17 @@ def _find_stage(folder: Path) -> RunPaths | None:
     return RunPaths(folder / name)
 
 
+def run_folder(folder: str) -> Path:
+    """Return the folder of the run that a folder names: itself, or its last finished stage.
+
+    Raises:
+        RunError: the folder is one of stages, of which none has begun.
+    """
+    path = Path(folder).expanduser()
+    stage = _find_stage(path)
+    return path if stage is None else stage.folder
+
+
 def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
     """Return the paths and the run record (content of `run.json`) of the run in `folder`.
 
@@ -58,8 +69,7 @@ def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
         RunError: the folder is not a run folder.
         DamagedFileError: the run is finished, and one of its files is missing or damaged.
     """
-    paths = RunPaths(Path(folder).expanduser())
-    paths = _find_stage(paths.folder) or paths
+    paths = RunPaths(run_folder(folder))
     record = read_record(paths)
     if record is None:
         why = "no `run.json`" if paths.folder.is_dir() else "no such folder"
