@@ -104,6 +104,22 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         check_batch_sizes(self)
         check_reporting_settings(self)
         self._check_combinations()
+        self._check_best_metric()
+
+    def _check_best_metric(self) -> None:
+        """Raise `ConfigError` if evaluations of the run lack the metric of the best model."""
+        name = (self.metric_for_best_model or "").removeprefix("eval_")
+        is_of_pairs = name.startswith("rewards/") or name == "logps/rejected"
+        if self.supervised and is_of_pairs:
+            raise ConfigError(
+                f"`metric_for_best_model` {name} is a metric of preferences; with loss_type `sft` "
+                "use loss or mean_token_accuracy"
+            )
+        if name == "mean_token_accuracy" and not self.supervised:
+            raise ConfigError(
+                "`metric_for_best_model` mean_token_accuracy is a metric of instruction tuning "
+                "(--loss-type sft alone); use loss or rewards/accuracies"
+            )
 
     def _check_combinations(self) -> None:
         losses = ", ".join(self.loss_type)

@@ -12,6 +12,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.notices import notify_once
 from mlx_dpo.losses.catalogue import LOSSES
 
+BEST = {"load_best_model_at_end": True, "eval_steps": 5}
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
 
 
@@ -251,6 +252,14 @@ def test_settings_without_effect_are_errors(given, message):
         (
             {"loss_type": "lipo_lambda", "pairs": ["a", "b"], "mix": [2, 0.5]},
             "`mix` must be whole numbers with loss_type `lipo_lambda`: a fraction draws single",
+        ),
+        (
+            {"loss_type": "sft", "metric_for_best_model": "eval_rewards/margins"} | BEST,
+            "`metric_for_best_model` rewards/margins is a metric of preferences; with loss_type",
+        ),
+        (
+            {"loss_type": ["sft", "ipo"], "metric_for_best_model": "mean_token_accuracy"} | BEST,
+            "mean_token_accuracy is a metric of instruction tuning (--loss-type sft alone); use",
         ),
         (
             {"loss_type": ["sigmoid", "rpo_bwd_kl"], "margin_column": "score"},

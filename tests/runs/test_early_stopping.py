@@ -70,7 +70,10 @@ def test_a_resumed_run_has_the_state_of_an_uninterrupted_one():
 def test_a_metric_without_a_direction_is_refused_and_the_message_lists_the_others(metric):
     with pytest.raises(ConfigError) as error:
         rule(metric)
-    assert "must be one of logps/chosen, logps/rejected, loss, rewards/acc" in str(error.value)
+    assert (
+        "must be one of logps/chosen, logps/rejected, loss, mean_token_accuracy, rewards/acc"
+        in str(error.value)
+    )
     assert str(error.value).endswith(f"got {metric!r}")
 
 
@@ -78,6 +81,7 @@ def test_the_metrics_that_can_select_a_model_and_their_directions():
     directions = {metric.name: metric.better for metric in METRICS.values() if metric.better}
     assert directions == {
         "loss": "lower",
+        "mean_token_accuracy": "higher",
         "rewards/chosen": "higher",
         "rewards/rejected": "lower",
         "rewards/margins": "higher",
