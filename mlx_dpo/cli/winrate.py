@@ -17,9 +17,8 @@ from mlx_dpo.cli.sampling_flags import (
     make_samplings,
     sampling_flags,
 )
-from mlx_dpo.cli.system_prompt import read_system_prompt
+from mlx_dpo.cli.system_prompt import METAVAR, read_system_prompt
 from mlx_dpo.cli.winrate_person import PersonFlags, judge_by_person, person_flags
-from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +51,7 @@ MAX_SYSTEM = 50  # characters of a system prompt in a title
 )
 @click.option(
     "--against-system",
-    metavar="PROMPT|FILE",
+    metavar=METAVAR,
     help="System prompt of the opponent, to see whether a prompt alone does as well.",
 )
 @judge_flags
@@ -86,7 +85,11 @@ def winrate(
     """
     flags = PersonFlags(**{field.name: settings.pop(field.name) for field in fields(PersonFlags)})
     flags.check({"reward": reward, "judge": judge, "rubric": rubric}, prompts)
-    system = _read_system(settings.pop("against_system"))
+    against_system = settings.pop("against_system")
+    if against_system is None:
+        system = None
+    else:
+        system = read_system_prompt(against_system, "against_system")
     connection = make_connection(settings, judge, against)
     [sampling] = make_samplings(settings)
     if flags.person:
@@ -122,18 +125,6 @@ def winrate(
         echo_json(facts | opened_judge.provenance() | comparison.to_dict())
         return
     make_console().print(_table(comparison, _describe(against, system)))
-
-
-def _read_system(text: str | None) -> str | None:
-    """Return the opponent's system prompt.
-
-    Raises:
-        ConfigError: the file cannot be read, or the system prompt is empty.
-    """
-    system = None if text is None else read_system_prompt(text)
-    if system is not None and not system.strip():
-        raise ConfigError("`against_system` is empty; write a system prompt")
-    return system
 
 
 def _describe(against: str | None, system: str | None) -> str:

@@ -85,7 +85,7 @@ def test_a_resumed_collection_has_the_same_pairs(folder, model):
 def test_pairs_by_system_prompts_are_stored_without_them(folder, model):
     (folder / "kind.txt").write_text("Be kind.\n")
     (folder / "rude.txt").write_text("Be rude.\n")
-    flags = ("--system-chosen", f"@{folder}/kind.txt", "--system-rejected", folder / "rude.txt")
+    flags = ("--system-chosen", f"@{folder}/kind.txt", "--system-rejected", f"@{folder}/rude.txt")
     result = run(folder, model, *flags)
     assert result.exit_code == 0, result.output
     assert "18 pairs\n" in result.stdout
@@ -131,6 +131,8 @@ def test_the_principles_are_printed():
         (("--system-chosen", "x", "--rubric", "r"), "`rubric` has no effect without `judge`"),
         (("--system-chosen", ""), "`system_chosen` is empty; write a system prompt"),
         (("--system-chosen", "@/no/such"), "/no/such: no such file"),
+        (("--system-chosen", "kind.md"), "`kind.md` is the name of a file; write `@kind.md`"),
+        (("--system-chosen", "x", "--system-rejected", " "), "`system_rejected` is empty"),
         (("--principles", "/no/such"), "/no/such: no such file"),
         (("--principles", "default", "--revisions", 15), "`revisions` 15 needs 15 principles"),
     ],

@@ -141,9 +141,9 @@ def test_the_opponent_is_the_reference_under_a_system_prompt(folder):
     words = [str(folder / "prompts.txt"), *reward(folder), *GREEDY, "--json"]
     figures = [
         json.loads(run(folder, *words, "--against-system", text).stdout)
-        for text in ("Be the cat on the mat.", str(file), f"@{file}")
+        for text in ("Be the cat on the mat.", f"@{file}")
     ]
-    assert figures[0] == figures[1] == figures[2]
+    assert figures[0] == figures[1]
     assert figures[0]["against_system"] == "Be the cat on the mat."
     base = answers_under(folder, "Be the cat on the mat.", prompts)
     assert base != answers(folder, prompts)  # the system prompt changes something
@@ -185,12 +185,15 @@ def test_the_title_names_the_system_prompt(folder):
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        ("no-such.txt", "no-such.txt: no such file"),
+        ("no-such.txt", "`no-such.txt` is the name of a file; write `@no-such.txt` to read"),
+        ("{folder}/prompts.txt", "prompts.txt` is the name of a file; write `@"),
+        ("{folder}/run/run.json", "run.json` is the name of a file; write `@"),
         ("@gone", "gone: no such file"),
         (" ", "`against_system` is empty"),
     ],
 )
 def test_a_wrong_system_prompt_is_one_line(folder, system, message):
+    system = system.replace("{folder}", str(folder))
     result = run(folder, *reward(folder), "--against-system", system)
     assert result.exit_code == 1
     assert message in result.stderr.splitlines()[-1]

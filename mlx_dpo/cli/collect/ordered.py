@@ -16,7 +16,7 @@ from mlx_dpo.cli.collect.results import (
 )
 from mlx_dpo.cli.command import FILE, FOLDER
 from mlx_dpo.cli.output import echo
-from mlx_dpo.cli.system_prompt import read_system_prompt
+from mlx_dpo.cli.system_prompt import METAVAR, read_system_prompt
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -83,13 +83,13 @@ def ordered_flags(command: Command) -> Command:
     for decorate in (
         click.option(
             "--system-rejected",
-            metavar="PROMPT|@FILE",
+            metavar=METAVAR,
             help="With --system-chosen: system prompt of the rejected answers.",
             show_default="none",
         ),
         click.option(
             "--system-chosen",
-            metavar="PROMPT|@FILE",
+            metavar=METAVAR,
             help="Pairs by contrast: answers with this system prompt are chosen. The pairs are "
             "stored without it.",
         ),
@@ -265,8 +265,10 @@ def _read_systems(flags: OrderedFlags, sampling: Sampling) -> Opener:
     from mlx_dpo.evaluation.judge import open_judge
 
     systems = SystemPrompts(
-        read_system_prompt(flags.system_chosen or ""),
-        flags.system_rejected and read_system_prompt(flags.system_rejected),
+        read_system_prompt(flags.system_chosen or "", "system_chosen"),
+        None
+        if flags.system_rejected is None
+        else read_system_prompt(flags.system_rejected, "system_rejected"),
     )
 
     def open_method(
