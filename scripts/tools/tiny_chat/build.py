@@ -39,14 +39,15 @@ SAMPLES_PER_PROMPT = 5
 def encoded(
     tokens: Tokenizer, dialogues: Iterator[list[corpus.Message]]
 ) -> Iterator[pretrain.Dialogue]:
-    """Dialogues as token ids. The marks come from the roles, turn by turn."""
+    """Dialogues as token ids. The marks come from the roles, turn by turn, and from `scored`."""
     for messages in dialogues:
         ids: list[int] = []
         spoken: list[bool] = []
         for message in messages:
             body = tokens.encode(message["content"] + tokenizer.END).ids
             ids += tokens.encode(f"<|{message['role']}|>").ids + body
-            spoken += [False, *[message["role"] == "assistant"] * len(body)]
+            scored = message.get("scored", message["role"] == "assistant")
+            spoken += [False, *[scored] * len(body)]
         yield pretrain.Dialogue(ids, spoken)
 
 

@@ -11,7 +11,7 @@ from scripts.tools.tiny_chat.follow_ups import follow_up_questions
 from scripts.tools.tiny_chat.number_topics import number_questions
 from scripts.tools.tiny_chat.registers import Question, courteous, curt
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and `scored` = False where it is not to be trained
 Questions = dict[str, list[Question]]
 
 FRAMES = (

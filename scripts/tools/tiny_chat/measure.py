@@ -15,9 +15,18 @@ Row = Mapping[str, Any]
 
 
 def answers(
-    model: Any, tokenizer: Any, rows: Sequence[Row], *, temperature: float = 0.0, size: int = 64
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    temperature: float = 0.0,
+    size: int = 64,
+    longest: int = LONGEST_ANSWER,
 ) -> list[str]:
-    """One answer to the prompt of each row. Prompts of equal length share a batch."""
+    """One answer to the prompt of each row. Prompts of equal length share a batch.
+
+    An answer ends after `longest` tokens.
+    """
     prompts = [
         tokenizer.apply_chat_template(
             list(row["prompt"]), add_generation_prompt=True, return_dict=False
@@ -32,18 +41,20 @@ def answers(
         for start in range(0, len(indices), size):
             group = indices[start : start + size]
             ids = mx.array([prompts[index] for index in group])
-            written = _generate(model, ids, tokenizer.eos_token_id, temperature)
+            written = _generate(model, ids, tokenizer.eos_token_id, temperature, longest)
             for index, tokens in zip(group, written, strict=True):
                 found[index] = tokenizer.decode(tokens)
     return found
 
 
-def _generate(model: Any, ids: mx.array, stop: int, temperature: float) -> list[list[int]]:
+def _generate(
+    model: Any, ids: mx.array, stop: int, temperature: float, longest: int
+) -> list[list[int]]:
     """Answers to prompts of one length. (N, T) -> N lists of tokens without the stop token."""
     cache = make_prompt_cache(model)
     columns: list[mx.array] = []
     ended = mx.zeros(ids.shape[0], dtype=mx.bool_)
-    for _ in range(LONGEST_ANSWER):
+    for _ in range(longest):
         logits = model(ids, cache=cache)[:, -1].astype(mx.float32)
         if temperature:
             token = mx.random.categorical(logits / temperature)

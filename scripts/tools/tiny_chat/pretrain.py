@@ -32,7 +32,14 @@ ARCHITECTURE: dict[str, Any] = {
 TYPICAL_ANSWER = 12  # tokens
 STREAMS = 2
 POOL = 64  # batches that are sorted by length together
-PEAK_RATE, LAST_RATE, WARMUP = 2.5e-3, 5e-5, 150
+
+
+class Rates(NamedTuple):
+    """Learning rates: a rise over `warmup` updates, then a cosine."""
+
+    peak: float = 2.5e-3
+    last: float = 5e-5
+    warmup: int = 150
 
 
 class Dialogue(NamedTuple):
@@ -105,15 +112,22 @@ def loss_sum(model: Model, part: Shard) -> mx.array:
 
 
 def train(
-    model: Model, dialogues: Iterator[Dialogue], *, steps: int, size: int, pad: int, seed: int
+    model: Model,
+    dialogues: Iterator[Dialogue],
+    *,
+    steps: int,
+    size: int,
+    pad: int,
+    seed: int,
+    rates: Rates = Rates(),  # noqa: B008  it cannot change
 ) -> float:
     """Trains in place. -> the mean loss of the last 50 steps, in nats per token."""
     rate = optim.join_schedules(
         [
-            optim.linear_schedule(0.0, PEAK_RATE, WARMUP),
-            optim.cosine_decay(PEAK_RATE, steps - WARMUP, LAST_RATE),
+            optim.linear_schedule(0.0, rates.peak, rates.warmup),
+            optim.cosine_decay(rates.peak, steps - rates.warmup, rates.last),
         ],
-        [WARMUP],
+        [rates.warmup],
     )
     optimizer = optim.AdamW(rate, betas=[0.9, 0.98], weight_decay=0.1, bias_correction=True)
     loss_and_grad = nn.value_and_grad(model, loss_sum)
