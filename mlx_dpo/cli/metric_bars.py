@@ -1,5 +1,6 @@
 """`--fail-below` and `--fail-above`: bars on the metrics of `mlx-dpo eval`, for scripts."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from mlx_dpo.errors import ConfigError
 FAILED = 3  # exit status of a failed bar; 1 is an error, 2 a wrong command line
 METAVAR = "METRIC=VALUE"
 LISTED = 60  # names in an error
+ROUNDING = 1e-6  # relative, of a float32 metric: about eight units in its last place
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,13 @@ class Bar:
     is_lower: bool  # the metric must be at least `value`; otherwise at most
 
     def is_met(self, value: float) -> bool:
-        """Return whether a value of the metric meets the bar; NaN meets none."""
+        """Return whether a value of the metric meets the bar; NaN meets none.
+
+        Metrics are computed in float32, in which 7 of 10 is 0.69999999: a value that differs from
+        the bar by rounding alone meets it.
+        """
+        if math.isclose(value, self.value, rel_tol=ROUNDING):
+            return True
         return value >= self.value if self.is_lower else value <= self.value
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -27,6 +28,14 @@ def test_numbers_have_dotted_names():
         "drift.flags": 0,
         "drift.kl.exact.per_token.mean": 0.25,
     }
+
+
+def test_a_share_in_float32_meets_the_bar_of_its_decimal_number():
+    found = {"a": float(np.float32(7) / np.float32(10)), "b": float(np.float32(3) / np.float32(5))}
+    assert found["a"] < 0.7 and found["b"] > 0.6
+    check_bars(parse_bars(["a=0.7"], ["b=0.6"]), found)
+    with pytest.raises(SystemExit):
+        check_bars(parse_bars(["a=0.70001"], []), found)
 
 
 def test_bars_are_read():
