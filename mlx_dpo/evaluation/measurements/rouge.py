@@ -6,18 +6,30 @@ words; it also brings absl-py and nltk, of which ROUGE-L needs nothing. For Engl
 """
 
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
-# Words of letters, digits and marks. Chinese and Japanese are written without spaces: each of
-# their characters counts as a word, as in the usual evaluation of Chinese.
+# Chinese and Japanese are written without spaces: each of their characters counts as a word, as in
+# the usual evaluation of Chinese.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}_])\w)+")
+
+
+@cache
+def _word_pattern() -> re.Pattern[str]:
+    """Return the pattern of a word of letters, digits and marks.
+
+    Python's `\\w` has no marks, which are the vowels of Hindi, Tamil, Thai and other scripts.
+    """
+    codes = range(sys.maxunicode + 1)
+    marks = "".join(chr(code) for code in codes if unicodedata.category(chr(code)).startswith("M"))
+    return re.compile(rf"[{UNSPACED}][{marks}]*|(?:(?![{UNSPACED}_])[\w{marks}])+")
 
 
 def split_words(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation."""
-    return WORD.findall(unicodedata.normalize("NFC", text).lower())
+    return _word_pattern().findall(unicodedata.normalize("NFC", text).lower())
 
 
 def rouge_l(answer: str, reference: str) -> float:

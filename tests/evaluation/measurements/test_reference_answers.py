@@ -78,6 +78,12 @@ def test_words_and_exact_matches():
     assert is_exact_match("STRASSE", "straße") is True
 
 
+def test_marks_belong_to_words():
+    assert split_words("हिन्दी की किताब।") == ["हिन्दी", "की", "किताब"]
+    assert rouge_l("का", "की") == 0.0  # the vowels differ
+    assert split_words("が\u3099猫") == ["が\u3099", "猫"]
+
+
 def test_a_paired_difference_by_hand():
     base, aligned = [0.0, 1.0, 0.0, 0.5], [1.0, 1.0, 0.0, 1.0]
     found = paired_difference(base, aligned)
