@@ -19,10 +19,14 @@ PREFIX_STEP = 2048  # tokens of a prefix that go through the model at once
 
 
 class ScoredSequence(NamedTuple):
-    """A token sequence, of which the tokens from index `start` on are scored; `start` is >= 1."""
+    """A token sequence, of which the tokens from index `start` on are scored; `start` is >= 1.
+
+    The tokens in `gaps`, ranges of indices after `start`, are not scored.
+    """
 
     tokens: Sequence[int]
     start: int
+    gaps: Sequence[tuple[int, int]] = ()
 
 
 def sequence_logps(
@@ -49,6 +53,8 @@ def sequence_logps(
         with fast_inference(model):
             logps = np.array(token_logps(model, mx.array(tokens)), np.float64)
         for index, sequence, values in zip(indices, rows, logps, strict=True):
+            for start, end in sequence.gaps:
+                values[start - 1 : end - 1] = 0.0
             sums[index] = float(values[sequence.start - 1 : len(sequence.tokens) - 1].sum())
         progress(len(indices))
     return sums

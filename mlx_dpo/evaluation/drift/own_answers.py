@@ -110,17 +110,18 @@ def measure_chosen_perplexity(
 ) -> ChosenPerplexity | None:
     """Return exp(-(1/N) sum log p) over the N tokens of all different chosen completions.
 
-    Of labelled completions (KTO), the desirable ones count. The result is None without any.
+    Of labelled completions (KTO), the desirable ones count; of conversations (instruction tuning),
+    the turns of the assistant. The result is None without any.
     """
-    completions = dict.fromkeys(
-        (pair.prompt, pair.chosen)
+    completions = {
+        (pair.prompt, pair.chosen, pair.gaps): pair
         for pair in pairs
         if pair.desirable is not False and pair.chosen and pair.prompt
-    )
+    }
     if not completions:
         return None
-    sequences = [ScoredSequence((*prompt, *chosen), len(prompt)) for prompt, chosen in completions]
-    tokens = sum(len(chosen) for _, chosen in completions)
+    sequences = [_to_sequence(pair) for pair in completions.values()]
+    tokens = sum(pair.num_scored for pair in completions.values())
     perplexities = {}
     for state in STATES:
         with (
@@ -130,3 +131,10 @@ def measure_chosen_perplexity(
             logps = sequence_logps(model.base.model, sequences, progress=advance)
         perplexities[state] = safe_exp(-math.fsum(logps) / tokens)
     return ChosenPerplexity(len(completions), tokens, perplexities)
+
+
+def _to_sequence(pair: TokenizedPair) -> ScoredSequence:
+    """Return the prompt with the chosen completion, of which the completion is scored."""
+    begin = len(pair.prompt)
+    gaps = [(begin + start, begin + end) for start, end in pair.gaps]
+    return ScoredSequence((*pair.prompt, *pair.chosen), begin, gaps)

@@ -162,6 +162,20 @@ def test_only_desirable_and_different_completions_count(workplace):
     assert measure_chosen_perplexity(model, [bad]) is None
 
 
+def test_turns_of_the_user_between_answers_do_not_count(workplace):
+    model = open_switchable("run")
+    prompt, chosen = (1, 40, 2), (50, 51, 3, 1, 41, 42, 2, 52, 3)
+    found = measure_chosen_perplexity(
+        model, [TokenizedPair(prompt, chosen, (), desirable=True, gaps=((3, 7),))]
+    )
+    tokens = mx.array([[*prompt, *chosen]])
+    with model.switch.activated("base"):
+        logps = np.array(token_logps(model.base.model, tokens)[0], np.float64)
+    places = [2, 3, 4, 9, 10]  # that predict 50, 51, 3 and 52, 3
+    assert found.tokens == 5
+    assert found.perplexities["base"] == pytest.approx(np.exp(-logps[places].mean()), rel=1e-4)
+
+
 def test_an_unchanged_run_is_not_flagged(trained, tmp_path, monkeypatch):
     """Nothing is faked: the policy generates what the base generates."""
     few = load_safety_prompts()[::10]
