@@ -19,6 +19,7 @@ Source: the strided perplexity of Hugging Face transformers ("Perplexity of fixe
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from mlx_dpo.scoring.sequence_logps import ScoredSequence, sequence_logps
 MAX_WINDOW = 2048  # tokens of a window by default, if the context is longer
 TEXT_FILES = (".txt", ".md", ".text", ".rst", "")  # suffixes of files that are one document
 STATES: tuple[AdapterState, ...] = ("base", "aligned")
+REPLACEMENT = "\ufffd"  # what an incomplete character is decoded to
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Windows(NamedTuple):
@@ -208,7 +211,17 @@ def _scored_bytes(tokenizer: Any, text: str, ids: Sequence[int]) -> int:
     size = len(text.encode())
     if ids[0] == tokenizer.bos_token_id:
         return size
-    return max(1, size - len(tokenizer.decode([ids[0]]).encode()))
+    return max(1, size - _token_bytes(tokenizer, ids[0]))
+
+
+def _token_bytes(tokenizer: Any, token: int) -> int:
+    """Return the bytes of a document's first token, which may be a part of a character."""
+    text = tokenizer.decode([token])
+    if REPLACEMENT not in text:
+        return len(text.encode())
+    # Such a token has a byte of its own, `<0xE7>`, or is written with one character per byte.
+    piece = tokenizer.convert_ids_to_tokens(token)
+    return 1 if BYTE_TOKEN.fullmatch(piece) else len(piece)
 
 
 def _notes(dropped: int) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def test_each_token_is_scored_once_with_context_within_the_window(length):
     for window in range(2, 12):
         for stride in range(1, window):
             scored = []
-            for tokens, start in split_windows(range(length), window, stride):
+            for tokens, start, _ in split_windows(range(length), window, stride):
                 assert len(tokens) <= window and start >= 1
                 assert start >= min(tokens[start], window - stride)
                 scored.extend(tokens[start:])
@@ -129,6 +129,19 @@ def test_all_tokens_of_a_text_count_if_a_token_begins_it(tmp_path):
         nats -= sum(logps[i, token] for i, token in enumerate(row[1:]))
     bits = nats / math.log(2) / (len(text) + 1)
     assert found["base"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize(("text", "first"), [("🙂 cat", 1), ("é sat", 1), ("The cat", 3)])
+def test_a_first_token_may_be_a_part_of_a_character(tmp_path, text, first):
+    base = load_model(str(make_checkpoint(tmp_path / "base")))
+    ids = base.tokenizer.encode(text)
+    assert len(base.tokenizer.convert_ids_to_tokens(ids[0])) == first
+    switch = AdapterSwitch(base.model)
+    switch.save_state("base")
+    switch.save_state("aligned")
+    model = SwitchableModel(base, switch, None, None, ())
+    found = measure_perplexity(model, [text], Windows(), subject="x").to_dict()
+    assert found["bytes"] == len(text.encode()) - first
 
 
 def test_documents_are_scored_on_their_own_whatever_the_order(book):
