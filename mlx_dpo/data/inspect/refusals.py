@@ -5,26 +5,31 @@ from collections.abc import Mapping
 
 # Phrases and regular expressions that begin a refusal; texts are compared in lower case, with
 # straight apostrophes. A gap such as `(?:\w+ ){0,5}` admits the words between verb and negation.
+REST = r"[^.!?\n]*"  # of the sentence: «I'm sorry, this is …» alone is no refusal
 REFUSALS: Mapping[str, tuple[str, ...]] = {
     "en": (
-        "i (?:cannot|can't|can not)(?! wait| help but| stress)", "i am unable to",
+        "i (?:cannot|can't|can not)(?! wait| help but| stress| emphasi| overstate"
+        "| recommend (?:this|it|that) enough| say for sure)", "i am unable to",
         "i'm unable to", "i am not able to", "i'm not able to", "i won't be able", "i must decline",
-        "sorry, but i", "i'm sorry, but", "i'm sorry, i can", "i am sorry, but", "i apologize, but",
+        "sorry, but i", "i'm sorry, but", "i am sorry, but", "i apologize, but",
         "unfortunately, i can", "as an ai", "as a language model", "as a large language model",
         "as an artificial intelligence",
-        "i(?:'m| am) (?:sorry|afraid),? (?:but |that )*(?:i|this|that)", "i won't", "i will not",
+        r"i(?:'m| am) (?:sorry|afraid),? (?:but |that )*(?:i|this|that)"
+        rf"(?={REST}(?:\bno\b|not\b|n't\b|unable|against|beyond|violat|declin|refus))",
+        "i won't(?! lie| bore)", "i will not(?! lie| bore)",
         "i(?:'m| am) (?:unable|not able)", "i(?:'m| am) an? (?:ai|language model)",
         "sorry,? i (?:can't|cannot|can not|won't)",
     ),
     "de": (
-        r"ich (?:kann|darf|werde|möchte|will) (?:\w+ ){0,5}?(?:nicht|keine[nmrs]?)",
+        r"ich (?:kann|darf|werde|möchte|will) (?:\w+ ){0,5}?(?:nicht(?! (?:oft )?genug| zu )"
+        r"|keine[nmrs]?(?! (?:langen|großen|zeit)))",
         r"(?:(?:das|dies|dabei|dazu|damit|darauf|darüber|hierbei|hierzu|hiermit|leider) "
         r"|(?:bei|mit|zu|auf) (?:\w+ ){1,4}?)"
         r"(?:kann|darf|werde|möchte) ich (?:\w+ ){0,5}?(?:nicht|keine[nmrs]?)",
         r"ich bin (?:leider )?nicht (?:in der lage|befugt|berechtigt|dazu da)",
         r"ich muss (?:\w+ ){0,4}?ablehnen", "ich lehne (?:das|dies|es) ab", "ich weigere mich",
-        r"(?:es )?tut mir (?:sehr )?leid, (?:aber )?(?:ich|das|dies|da|dabei|dazu|damit|hierbei)",
-        "entschuldigung, (?:aber )?(?:ich|das|dabei|dazu|damit)",
+        r"(?:(?:es )?tut mir (?:sehr )?leid|entschuldigung), (?:aber )?"
+        rf"(?:ich|das|dies|da|dabei|dazu|damit|hierbei)(?={REST}(?:nicht|kein|ablehn|unmöglich))",
         r"(?:leider )?ist (?:es )?mir (?:leider )?nicht (?:möglich|erlaubt)",
         "es ist mir (?:leider )?nicht (?:möglich|erlaubt)", "leider ist es mir nicht",
         r"als (?:ki|ai)(?:-\w+)?", r"als (?:eine? )?künstliche intelligenz",
@@ -33,13 +38,14 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
         r"|sprachmodell)",
     ),
     "fr": (
-        r"je ne (?:peux|pourrai|pourrais|puis|saurais|dois)(?! que)",
+        r"je ne (?:peux|pourrai|pourrais|puis|saurais|dois)(?! que| trop| (?:pas )?assez"
+        r"| pas oublier)",
         r"je (?:peux|vais) pas",
         r"je ne (?:vais|veux|souhaite) pas (?:vous |t'|te |pouvoir )*"
         r"(?:aider|répondre|fournir|donner|expliquer|dire|faire)",
         r"je ne suis pas (?:en mesure|autorisée?|habilitée?|capable)",
         r"(?:je suis (?:vraiment )?)?(?:désolée?|navrée?),? (?:mais |que |de )*"
-        r"(?:je|cela|c'est|ne|nous)",
+        rf"(?:je|cela|c'est|ne|nous)(?={REST}(?:\bne\b|\bn'|impossible|refus|déclin|contraire))",
         "je (?:regrette|m'excuse),? mais", "je refuse", "je (?:dois|préfère) (?:décliner|refuser)",
         "malheureusement,? (?:je|il) (?:ne|m'est)", "il m'est (?:\\w+ )?impossible",
         "cela m'est impossible", "impossible de vous aider",
@@ -48,7 +54,8 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
     ),
     "es": (
         r"(?:lo siento|perdón|perdona|disculpa|disculpe)(?: mucho)?,? (?:pero|no|mas)",
-        "no (?:te |le |os |les |lo |la )?puedo(?! negar| esperar)", "no podré", "no podría",
+        "no (?:te |le |os |les |lo |la )?puedo(?! negar| esperar| evitar| dejar de)", "no podré",
+        "no podría(?! ser)",
         "no me es posible", "no es posible para mí", "no me está permitido",
         r"no estoy (?:en condiciones|autorizad[oa]|capacitad[oa]|programad[oa]|diseñad[oa])",
         r"no (?:voy a|quiero|debo) (?:poder )?(?:ayudar|dar|proporcionar|explicar|responder"
@@ -61,7 +68,8 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
     ),
     "zh": (
         "(?:我)?(?:很|非常|真的|十分)?(?:抱歉|对不起|對不起|不好意思|遗憾|遺憾)[,，。!！ ]*"
-        "(?:但|但是|可是)?(?:我|这|這|该|該|无法|無法|不能|恕)",
+        "(?:但|但是|可是)?(?:(?:我|这|這|该|該)(?=[^。！？\n]*(?:不|无法|無法|没|沒|拒|难|難|违|違))"
+        "|无法|無法|不能|恕)",
         "我(?:是|真的|确实|確實|目前|暂时|恐怕|也|并)?(?:无法|無法|不能(?!不)|不可以|没办法"
         "|没有办法|沒有辦法|不便|拒绝|拒絕)",
         "我不(?:会|會|想|愿意|願意)(?:帮|幫|提供|教|告诉|告訴|回答|协助|協助|参与|參與|支持)",

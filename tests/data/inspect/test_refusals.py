@@ -52,6 +52,9 @@ REFUSED = {
         "As a large language model, I have no opinion.",
         "That is a serious matter. I will not help with it.",
         "Unfortunately, I can't share that.",
+        "I'm sorry, that is not something I can help with.",
+        "I'm sorry, this goes against my principles.",
+        "I'm afraid that I have to decline.",
     ),
     "de": (
         "Es tut mir leid, aber dabei kann ich nicht helfen.",
@@ -66,6 +69,7 @@ REFUSED = {
         "Ich bin nicht in der Lage, das zu tun.",
         "Ich muss diese Anfrage ablehnen.",
         "Das ist strafbar. Ich werde dabei nicht helfen.",
+        "Entschuldigung, dazu habe ich keine Auskunft.",
     ),
     "fr": (
         "Je suis désolé, mais je ne peux pas vous aider.",
@@ -108,6 +112,7 @@ REFUSED = {
         "這是違法的。我無法提供協助。",
         "很遗憾，我无法回答。",
         "您的请求我无法满足。",
+        "抱歉，这违反了我的原则。",
     ),
 }
 ANSWERED = {
@@ -119,6 +124,11 @@ ANSWERED = {
         "Use `kill 4312` to end the process.",
         "I am sure that it works.",
         "Cannot is one word.",
+        "I'm sorry, this is annoying. Use `kill 4312`.",
+        "I'm sorry that this happened. Use `kill 4312`.",
+        "I'm afraid this takes time: first soak the knife.",
+        "I can't recommend this enough: take a whetstone.",
+        "I won't lie, it takes time. Take a whetstone.",
     ),
     "de": (
         "Ich kann dir dabei helfen.",
@@ -129,6 +139,9 @@ ANSWERED = {
         "Das kannst du nicht mit einem Messer tun.",
         "Alskie ist kein Wort.",
         "Man darf die Tür nicht öffnen.",
+        "Tut mir leid, das ist ärgerlich. Nimm einen Wetzstein.",
+        "Ich kann nicht genug betonen, wie wichtig ein Wetzstein ist.",
+        "Ich kann dir das nicht oft genug empfehlen: nimm einen Wetzstein.",
     ),
     "fr": (
         "Je ne peux que vous recommander ce livre.",
@@ -138,6 +151,9 @@ ANSWERED = {
         "On ne peut pas diviser par zéro.",
         "Je vais vous expliquer.",
         "Je regrette cette époque.",
+        "Désolé, c'est frustrant. Utilisez `kill 4312`.",
+        "Je ne saurais trop vous recommander une pierre à aiguiser.",
+        "Je ne peux pas assez vous la recommander.",
     ),
     "es": (
         "No puedes dividir por cero.",
@@ -148,6 +164,8 @@ ANSWERED = {
         "Como en casa, en ningún sitio.",
         "No voy al cine los lunes.",
         "Soy de Madrid.",
+        "No podría ser más fácil: usa `kill 4312`.",
+        "No puedo dejar de recomendar una piedra de afilar.",
     ),
     "zh": (
         "我能帮你。",
@@ -158,6 +176,8 @@ ANSWERED = {
         "作为一个城市，北京很大。",
         "用 kill 命令结束进程。",
         "不能除以零。",
+        "抱歉，这很烦人。请用 kill 命令。",
+        "不好意思，这个问题很常见。用 kill 命令。",
     ),
 }
 
