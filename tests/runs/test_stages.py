@@ -5,7 +5,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo import ConfigError, DPOConfig, DPOTrainer, RunError, evaluate_run
+from mlx_dpo import ConfigError, DataError, DPOConfig, DPOTrainer, RunError, evaluate_run
 from mlx_dpo.cli import cli
 from mlx_dpo.io.checksums import read_checked_json
 from mlx_dpo.runs.folder import RunPaths, read_record
@@ -205,6 +205,34 @@ def test_other_settings_are_refused_on_resume_and_finished_stages_stay(values, t
     train(make(values), resume=True)
     with pytest.raises(RunError, match="all stages are finished"):
         train(make(values), resume=True)
+
+
+def test_rows_that_do_not_exist_are_an_error_before_the_first_stage(values, rows, tmp_path):
+    missing = str(tmp_path / "missing.jsonl")
+    for settings in (
+        make(values | {"pairs": [missing]}, pairs=[str(rows)]),
+        make(values, pairs=[missing]),
+        make(values | {"valid": missing, "valid_fraction": None}),
+    ):
+        with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
+            train(settings)
+    with pytest.raises(ConfigError, match="only one of the stages"):
+        train(make(values | {"pairs": ["-"]}))
+    assert not (tmp_path / "staged").exists()
+
+
+def test_after_an_error_at_its_start_the_first_stage_begins_with_other_settings(
+    values, rows, tmp_path
+):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "Who?", "completion": "He.", "label": true}\n')
+    with pytest.raises(DataError, match="would train on bad answers too"):
+        train(make(values, pairs=[str(bad)]))
+    assert not (tmp_path / "staged").exists()
+    with StagedTraining(make(values, pairs=[str(bad)])):
+        pass  # killed after the record was written
+    train(make(values, pairs=[str(rows)]), steps=1)
+    assert read_stages(tmp_path / "staged").first["pairs"] == [str(rows)]
 
 
 def test_a_folder_with_other_files_is_left_alone(values, tmp_path):

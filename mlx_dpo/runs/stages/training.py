@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mlx_dpo.data.sources import STDIN, find_sources
 from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
@@ -33,6 +34,7 @@ class StagedTraining:
 
     Raises:
         ConfigError: the settings contradict each other.
+        DataError: on entering the context, rows of a stage do not exist.
     """
 
     def __init__(self, settings: StageSettings, *, resume: bool = False) -> None:
@@ -43,6 +45,7 @@ class StagedTraining:
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
+        self._check_sources()
         self._check_folder()
         with ExitStack() as stack:
             stack.enter_context(lock_folder(RunPaths(self.settings.output)))
@@ -56,6 +59,9 @@ class StagedTraining:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # If an error ends the program before a stage begins, a corrected command can begin again.
+        if kind is not None and not any(map(has_begun, self.all_stages)):
+            (self.settings.output / STAGES_RECORD).unlink(missing_ok=True)
         self._resources.close()
 
     def stages(self) -> Iterator[tuple[int, Stage]]:
@@ -72,11 +78,18 @@ class StagedTraining:
             if not is_finished(stage):
                 raise RunError(f"{stage.config.output}: the stage `{stage.name}` is not finished")
 
+    def _check_sources(self) -> None:
+        """Raise an error if the rows of a stage that has not begun are not to be found."""
+        if all(STDIN in stage.config.pairs for stage in self.all_stages):
+            raise ConfigError("`-` is standard input, which only one of the stages can read")
+        for config in (s.config for s in self.all_stages if not has_begun(s)):
+            find_sources(config.pairs, config.valid, config.split)
+
     def _check_folder(self) -> None:
         """Raise `RunError` if the folder has other files, or stages that are not to be resumed."""
         folder = self.settings.output
         if (folder / STAGES_RECORD).is_file():
-            if not self.resume:
+            if not self.resume and any(map(has_begun, self.all_stages)):
                 advice = "add --resume to continue them, or choose another --output"
                 raise RunError(f"{folder}: holds stages; {advice}")
             return
@@ -96,7 +109,8 @@ class StagedTraining:
             RunError: all stages are finished, or have other settings.
         """
         folder = self.settings.output
-        if (earlier := read_stages(folder)) is not None:
+        earlier = read_stages(folder)
+        if earlier is not None and any(map(has_begun, earlier.stages())):
             self._check_unchanged(earlier)
         record = json.loads(json.dumps(self.settings.to_dict()))
         write_file(folder / STAGES_RECORD, to_checked_json(record), durable=True)
@@ -117,6 +131,11 @@ class StagedTraining:
                     f"{folder}: the stage `{before.name}` began with another `{name or 'stages'}`; "
                     "resume with the same settings, or choose another --output"
                 )
+
+
+def has_begun(stage: Stage) -> bool:
+    """Return whether the run of a stage has begun."""
+    return os.path.lexists(RunPaths(Path(stage.config.output)).record)
 
 
 def is_finished(stage: Stage) -> bool:
