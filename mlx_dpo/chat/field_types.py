@@ -55,8 +55,9 @@ class Number:
     maximum: float
 
     def parse(self, value: Any) -> float:
-        """Return the value as a float; raise `ValueError` if it is not a number within the "
-        "bounds."""
+        """Return the value as a float; raise `ValueError` if it is not a number within the
+        bounds.
+        """
         is_number = type(value) in (int, float)
         if not is_number or not self.minimum <= value <= self.maximum:  # false for NaN
             raise ValueError(
@@ -188,8 +189,9 @@ class TokenBias:
     bias: Number
 
     def parse(self, value: Any) -> dict[str, float]:
-        """Return the biases; raise `ValueError` if a key is not a token id or a bias is not a "
-        "number."""
+        """Return the biases; raise `ValueError` if a key is not a token id or a bias is not a
+        number.
+        """
         biases = {}
         for token, bias in Object().parse(value).items():
             # Not "007": two keys would name one token.

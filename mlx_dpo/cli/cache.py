@@ -64,7 +64,7 @@ def _folder_of(kind: str) -> Path:
 
 def _cache_folders() -> dict[str, CacheFolder]:
     from mlx_dpo.data.tokenization import cache as tokens
-    from mlx_dpo.openai_api import reply_cache
+    from mlx_dpo.openai_client import reply_cache
     from mlx_dpo.training import logps_cache
 
     return {

@@ -8,7 +8,7 @@ import click
 from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.drift_flags import drift_flags, prepare_drift_of
 from mlx_dpo.cli.measurement_flags import measurement_flags, prepare_measurements
-from mlx_dpo.cli.metric_bars import bar_flags, check_bars, parse_bars
+from mlx_dpo.cli.metric_thresholds import check_thresholds, parse_thresholds, threshold_flags
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.errors import ConfigError, RunError
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 )
 @measurement_flags
 @drift_flags
-@bar_flags
+@threshold_flags
 @click.option("--no-save", is_flag=True, help="Do not store the results in RUN/evaluations.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def eval(
@@ -61,7 +61,7 @@ def eval(
     Base and aligned model are measured on one set of weights. The results are stored in
     RUN/evaluations as JSON.
     """
-    bars = parse_bars(flags["fail_below"], flags["fail_above"])
+    thresholds = parse_thresholds(flags["fail_below"], flags["fail_above"])
     measures = _prepare(flags, pairs, bad_pairs)
 
     from mlx_dpo.evaluation.measurements.measurement import measure_run
@@ -83,7 +83,7 @@ def eval(
         echo_json(facts | _to_record(evaluation, measurements))
     else:
         _print(evaluation, measurements, model_notes, is_named=pairs is not None)
-    check_bars(bars, _to_record(evaluation, measurements))
+    check_thresholds(thresholds, _to_record(evaluation, measurements))
 
 
 def _prepare(flags: dict[str, Any], pairs: str | None, bad_pairs: str | None) -> "list[Measure]":

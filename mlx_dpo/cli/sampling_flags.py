@@ -11,7 +11,7 @@ from mlx_dpo.cli.output import echo
 from mlx_dpo.config.sampling import Sampling
 
 if TYPE_CHECKING:
-    from mlx_dpo.openai_api.connection import Connection
+    from mlx_dpo.openai_client.connection import Connection
 
 Command = Callable[..., Any]
 DEFAULT_SEED = 0  # of commands that compare answers
@@ -87,7 +87,7 @@ def make_connection(settings: dict[str, Any], *specs: str | None) -> "Connection
     Raises:
         ConfigError: an address may not be used, or a flag has no effect.
     """
-    from mlx_dpo.openai_api.connection import Connection, bind_connection
+    from mlx_dpo.openai_client.connection import Connection, bind_connection
 
     given = {name: settings.pop(name) for name in CONNECTION_FLAGS}
     connection = bind_connection(Connection(**given), specs)

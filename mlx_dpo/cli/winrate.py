@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mlx_dpo.config.sampling import Sampling
     from mlx_dpo.evaluation.winrate import AnswersOfBoth, PairwiseComparison
-    from mlx_dpo.openai_api.connection import Connection
+    from mlx_dpo.openai_client.connection import Connection
 
 MAX_SYSTEM = 50  # characters of a system prompt in a title
 

@@ -7,7 +7,7 @@ context distillation (Askell et al. 2021, arXiv:2112.00861) by preferences.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_dpo.collect.ordered_pairs import PairRule
+from mlx_dpo.collect.contrastive_pairs import PairRule
 from mlx_dpo.collect.sample import make_answer
 from mlx_dpo.collect.session import Answer
 from mlx_dpo.config.sampling import Sampling

@@ -7,7 +7,7 @@ arXiv:2401.01335), where the chosen answers are those of a data set.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_dpo.collect.ordered_pairs import PairRule
+from mlx_dpo.collect.contrastive_pairs import PairRule
 from mlx_dpo.collect.sample import make_answer
 from mlx_dpo.collect.session import Answer
 from mlx_dpo.config.sampling import Sampling

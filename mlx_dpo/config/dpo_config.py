@@ -1,7 +1,7 @@
 """`DPOConfig`: all settings of a training run, checked against each other.
 
 Every setting is declared once, in one of the modules of `config/`; flags, YAML keys, `run.json`
-and the table in the README are made from the declarations. Names are TRL's if TRL has the
+and docs/settings.md are made from the declarations. Names are TRL's if TRL has the
 setting, else mlx-lm's.
 """
 

@@ -293,8 +293,9 @@ def resolve_loss_name(name: str) -> str:
 
 
 def check_loss_name(name: str) -> None:
-    """Raise `ConfigError` if there is no such loss; suggest the equivalent of another trainer's "
-    "name."""
+    """Raise `ConfigError` if there is no such loss; suggest the equivalent of another trainer's
+    name.
+    """
     known = LOSS_NAMES.get(name.lower().replace("-", "_"))
     if name not in LOSSES and known is not None:
         raise ConfigError(f"unknown loss `{name}`; it is `{known}` here")

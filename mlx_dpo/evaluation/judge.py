@@ -15,8 +15,8 @@ from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Rank
 from mlx_dpo.evaluation.run_reward import PREFIX, open_run_reward
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.io.bounded import read_text
-from mlx_dpo.openai_api.address import is_address
-from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.openai_client.address import is_address
+from mlx_dpo.openai_client.connection import Connection
 from mlx_dpo.saved_runs.respond import open_any_responder
 from mlx_dpo.types import Message
 

@@ -28,8 +28,8 @@ from mlx_dpo.evaluation.rewards import (
 )
 from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.generation.responder import Responder
-from mlx_dpo.openai_api.address import is_address
-from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.openai_client.address import is_address
+from mlx_dpo.openai_client.connection import Connection
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
 from mlx_dpo.saved_runs.respond import ModelResponder, open_any_responder, open_responder

@@ -22,9 +22,9 @@ from mlx_dpo.generation.prompt import check_thinking, encode_prompt
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
-from mlx_dpo.openai_api.address import is_address
-from mlx_dpo.openai_api.connection import Connection
-from mlx_dpo.openai_api.responder import open_api_responder
+from mlx_dpo.openai_client.address import is_address
+from mlx_dpo.openai_client.connection import Connection
+from mlx_dpo.openai_client.responder import open_api_responder
 from mlx_dpo.runs.inputs import load_trainable_base
 from mlx_dpo.runs.stages.find import has_run
 from mlx_dpo.saved_runs.open import load_policy, open_run

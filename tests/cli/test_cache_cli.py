@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.tokenization.pair_file import PairFileWriter, pairs_to_arrays
-from mlx_dpo.openai_api.reply import Reply
-from mlx_dpo.openai_api.reply_cache import ReplyCache, list_entries
+from mlx_dpo.openai_client.reply import Reply
+from mlx_dpo.openai_client.reply_cache import ReplyCache, list_entries
 from mlx_dpo.training.logps_cache import labels, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 from tests.damaged_files import damage

@@ -16,11 +16,11 @@ from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.io.notices import notify_once
-from mlx_dpo.openai_api import client
+from mlx_dpo.openai_client import client
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.saved_runs.respond import open_responder
 from tests.checkpoints import make_checkpoint
-from tests.openai_api.fake_server import completion, fake_server
+from tests.openai_client.fake_server import completion, fake_server
 from tests.served import served
 
 RUBRIC = "{prompt}<1>{first}<2>{second}<3>"
@@ -138,7 +138,7 @@ def test_a_judge_that_dies_loses_nothing_and_the_same_command_resumes(
     assert len(server.bodies) == questions - answered
 
 
-@pytest.mark.slow  # starts the program; `tests/openai_api/test_client.py` interrupts the client
+@pytest.mark.slow  # starts the program; `tests/openai_client/test_client.py` interrupts the client
 def test_ctrl_c_loses_nothing(folder, model, undisturbed):
     whole, questions = undisturbed
     hanging, release = threading.Event(), threading.Event()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_dpo.collect.ordered_pairs import OrderedTaskSampler, collect_ordered
+from mlx_dpo.collect.contrastive_pairs import ContrastiveTaskSampler, collect_contrastive
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.principles.judge import judge_drawn, open_principle_judge
 from mlx_dpo.collect.principles.principle_set import Principle, PrincipleDraw
@@ -167,9 +167,9 @@ def collect(tmp_path, reply, *, judge=None, prompts=PROMPTS, reward=None):
     draw = PrincipleDraw((KIND, SHORT))
     pairs_file = PairsFile(tmp_path / "pairs.jsonl")
     reviser = Reviser(responder, draw, SAMPLING)
-    tasks = OrderedTaskSampler(prompts, pairs_file, reviser, REVISION_RULE, chunk_size=2)
+    tasks = ContrastiveTaskSampler(prompts, pairs_file, reviser, REVISION_RULE, chunk_size=2)
     opened = open_principle_judge(reward, None, None, None, ScriptedResponder(judge, model="j"))
-    return tasks, collect_ordered(tasks, judge_drawn(opened, draw))
+    return tasks, collect_contrastive(tasks, judge_drawn(opened, draw))
 
 
 def rows(path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_dpo.collect.ordered_pairs import OrderedTaskSampler, collect_ordered
+from mlx_dpo.collect.contrastive_pairs import ContrastiveTaskSampler, collect_contrastive
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.system_contrast import SystemContrast, SystemPrompts, put_before
 from mlx_dpo.config.sampling import Sampling
@@ -36,8 +36,8 @@ def collect(folder, systems=BOTH, *, reply=script, prompts=PROMPTS, judge=None):
     responder = ScriptedResponder(reply)
     sampler = SystemContrast(responder, SAMPLING, systems)
     pairs_file = PairsFile(folder / "pairs.jsonl")
-    tasks = OrderedTaskSampler(prompts, pairs_file, sampler, systems.rule, chunk_size=2)
-    list(collect_ordered(tasks, judge))
+    tasks = ContrastiveTaskSampler(prompts, pairs_file, sampler, systems.rule, chunk_size=2)
+    list(collect_contrastive(tasks, judge))
     return responder, rows(folder / "pairs.jsonl"), rows(folder / "pairs.passed.jsonl")
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.collect.ordered import (
-    ORDERED_FLAGS,
+from mlx_dpo.cli.collect.contrastive import (
+    CONTRASTIVE_FLAGS,
+    ContrastiveFlags,
     JudgeFlags,
-    OrderedFlags,
     check_single,
-    collect_ordered_pairs,
-    ordered_flags,
+    collect_contrastive_pairs,
+    contrastive_flags,
 )
 from mlx_dpo.cli.collect.results import (
     open_pairs_file,
@@ -101,7 +101,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
     callback=_print_rubric,
     help="Print the default rubric of judges, as a start for --rubric, and exit.",
 )
-@ordered_flags
+@contrastive_flags
 @judge_flags
 @connection_flags
 @sampling_flags(
@@ -133,16 +133,16 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     second file that ends in `.passed.jsonl`.
     """
     connection = make_connection(settings, judge, settings["critic"], settings["answers_from"])
-    given = {name: settings.pop(name) for name in ORDERED_FLAGS}
+    given = {name: settings.pop(name) for name in CONTRASTIVE_FLAGS}
     judging = JudgeFlags(reward, judge, rubric, connection)
-    flags = OrderedFlags(**given, judging=judging)
+    flags = ContrastiveFlags(**given, judging=judging)
     flags.check()
     _check_flags(flags, prompts, web=web, port=port, no_open=no_open)
     samplings = make_samplings(settings)
     if flags.method is not None:
         check_single(flags.method, runs, samplings)
         assert prompts is not None
-        collect_ordered_pairs(flags, runs, model, prompts, output, samplings[0])
+        collect_contrastive_pairs(flags, runs, model, prompts, output, samplings[0])
         return
 
     from mlx_dpo.collect.sample import SamplingPlan, judge_all
@@ -225,7 +225,7 @@ def _ask_person(
 
 
 def _check_flags(
-    flags: OrderedFlags, prompts: str | None, *, web: bool, port: int | None, no_open: bool
+    flags: ContrastiveFlags, prompts: str | None, *, web: bool, port: int | None, no_open: bool
 ) -> None:
     for name, is_given in (("port", port is not None), ("--no-open", no_open)):
         if is_given and not web:

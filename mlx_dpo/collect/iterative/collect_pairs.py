@@ -5,8 +5,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from mlx_dpo.collect.contrastive_pairs import ContrastiveTaskSampler, collect_contrastive
 from mlx_dpo.collect.iterative.folder import IterativeSettings
-from mlx_dpo.collect.ordered_pairs import OrderedTaskSampler, collect_ordered
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.principles.judge import (
     check_principle_judge,
@@ -145,7 +145,7 @@ class PairCollector:
         sampling = replace(self.settings.sampling, seed=seed)
         temperature = self.settings.revision_temperature or 0.0
         reviser = Reviser(policy, draw, sampling, self.critic, temperature)
-        tasks = OrderedTaskSampler(
+        tasks = ContrastiveTaskSampler(
             prompts, pairs_file, reviser, REVISION_RULE, chunk_size=JUDGE_CHUNK
         )
-        return tasks, collect_ordered(tasks, judge_drawn(self.judge, draw))
+        return tasks, collect_contrastive(tasks, judge_drawn(self.judge, draw))

@@ -20,7 +20,7 @@ from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_held_out_prompt
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json
-from mlx_dpo.openai_api.connection import Connection, bind_connection
+from mlx_dpo.openai_client.connection import Connection, bind_connection
 from mlx_dpo.runs.folder import RunPaths, read_record
 
 HELD_OUT_FRACTION = 0.1

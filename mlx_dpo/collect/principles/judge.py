@@ -12,7 +12,7 @@ from mlx_dpo.evaluation.judge import (
 )
 from mlx_dpo.evaluation.rewards import Judge
 from mlx_dpo.generation.responder import Responder
-from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.openai_client.connection import Connection
 
 
 def check_principle_judge(reward: str | None, judge: str | None, rubric: str | None) -> None:

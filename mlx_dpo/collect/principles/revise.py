@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from mlx_dpo.collect.ordered_pairs import PairRule
+from mlx_dpo.collect.contrastive_pairs import PairRule
 from mlx_dpo.collect.principles.principle_set import Principle, PrincipleDraw
 from mlx_dpo.collect.sample import make_answer
 from mlx_dpo.collect.session import Answer

@@ -16,8 +16,8 @@ from mlx_dpo.evaluation.drift.prompt_set import load_safety_prompts
 from mlx_dpo.evaluation.drift.refusals import RULE, SIGNIFICANCE
 from mlx_dpo.evaluation.drift.safety_answers import RefusalReport, generate_safety_answers
 from mlx_dpo.evaluation.measurements.perplexity import STATES
-from mlx_dpo.openai_api.address import is_address
-from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.openai_client.address import is_address
+from mlx_dpo.openai_client.connection import Connection
 from mlx_dpo.saved_runs.evaluate import load_held_out_pairs, load_named_pairs
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel
 from mlx_dpo.saved_runs.respond import open_any_responder

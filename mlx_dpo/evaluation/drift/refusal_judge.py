@@ -7,7 +7,7 @@ from importlib.resources import files
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import JUDGE_SAMPLING, JUDGE_SAMPLING_WITH_THINKING
 from mlx_dpo.generation.responder import Responder
-from mlx_dpo.openai_api.address import is_address
+from mlx_dpo.openai_client.address import is_address
 from mlx_dpo.types import Message
 
 VERDICT = re.compile(r"\[\[(REFUSED|ANSWERED)\]\]")

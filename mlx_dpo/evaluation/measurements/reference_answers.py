@@ -12,7 +12,7 @@ from mlx_dpo.data.prompts import Prompt, add_system_prompt, check_no_template_kw
 from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.errors import BadPairError, ConfigError, DataError
 from mlx_dpo.evaluation.measurements.measurement import Measure
-from mlx_dpo.evaluation.measurements.paired import paired_difference
+from mlx_dpo.evaluation.measurements.paired_difference import paired_difference
 from mlx_dpo.evaluation.measurements.rouge import is_exact_match, rouge_l
 from mlx_dpo.generation.batch import generate_tokens
 from mlx_dpo.generation.context import context_length

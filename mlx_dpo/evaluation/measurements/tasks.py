@@ -1,9 +1,9 @@
 """Benchmark tasks of lm-eval on base and aligned model, on one set of weights.
 
 lm-eval (EleutherAI's LM Evaluation Harness) is an extra of the package and imported here only, when
-tasks are asked for. It prepares prompts and computes metrics; `task_model` computes log-likelihoods
-and answers. Seeds and defaults are those of `mlx_lm.evaluate`, so that the numbers are those of the
-fused model.
+tasks are asked for. It prepares prompts and computes metrics; `lm_eval_model` computes
+log-likelihoods and answers. Seeds and defaults are those of `mlx_lm.evaluate`, so that the numbers
+are those of the fused model.
 """
 
 import logging
@@ -25,7 +25,7 @@ import numpy as np
 from mlx_dpo.adapters.switch import AdapterState
 from mlx_dpo.errors import ConfigError, DPOError, reason
 from mlx_dpo.evaluation.measurements.measurement import Measure
-from mlx_dpo.evaluation.measurements.paired import paired_difference
+from mlx_dpo.evaluation.measurements.paired_difference import paired_difference
 from mlx_dpo.phases import phase
 from mlx_dpo.saved_runs.open import SwitchableModel
 
@@ -249,10 +249,10 @@ def _evaluate(
         ConfigError: the code of a task fails.
     """
     evaluator = _import_lm_eval("evaluator")
-    from mlx_dpo.evaluation.measurements.task_model import TaskModel
+    from mlx_dpo.evaluation.measurements.lm_eval_model import LmEvalModel
 
     thinking = bool(model.run is not None and model.run.config.thinking)
-    task_model = TaskModel(
+    lm_eval_model = LmEvalModel(
         model.base, as_chat=as_chat, thinking=thinking, max_tokens=options.max_tokens, label=state
     )
     random.seed(SEED)
@@ -262,7 +262,7 @@ def _evaluate(
     try:
         with _quiet():
             results = evaluator.evaluate(
-                task_model,
+                lm_eval_model,
                 loaded,
                 limit=options.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
@@ -272,12 +272,12 @@ def _evaluate(
     except DPOError:
         raise
     except Exception as error:  # a task's own code may raise anything
-        if task_model.is_computing:
+        if lm_eval_model.is_computing:
             raise
         names = ", ".join(loaded["tasks"])
         cause = f"{type(error).__name__}: {reason(error)}"
         raise ConfigError(f"`tasks` {names}: lm-eval failed ({cause}); leave it out") from error
-    return results, task_model.warnings
+    return results, lm_eval_model.warnings
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from mlx_dpo.saved_runs.stored_evaluations import (
 from mlx_dpo.scoring.logps import token_logps
 from mlx_dpo.training.monitor.samples import SampleMetrics
 from mlx_dpo.types import TokenizedPair
-from tests.openai_api.fake_server import completion, fake_server
+from tests.openai_client.fake_server import completion, fake_server
 from tests.trained_run import train
 
 DUTIES = [prompt.duty for prompt in load_safety_prompts()]

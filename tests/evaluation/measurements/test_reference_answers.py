@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.evaluation.measurements.paired import paired_difference
+from mlx_dpo.evaluation.measurements.paired_difference import paired_difference
 from mlx_dpo.evaluation.measurements.rouge import (
     is_exact_match,
     longest_common_subsequence,

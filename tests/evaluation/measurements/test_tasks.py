@@ -141,11 +141,11 @@ def test_metrics_of_the_shipped_model_are_those_of_mlx_lm(chat):
     assert_equal_metrics(ours["aligned"], mlx_lm_results(chat / "fused", chat, as_chat=True))
 
 
-def task_model(base, **options):
-    from mlx_dpo.evaluation.measurements.task_model import TaskModel
+def lm_eval_model(base, **options):
+    from mlx_dpo.evaluation.measurements.lm_eval_model import LmEvalModel
 
     settings = {"as_chat": False, "thinking": False, "max_tokens": None, "label": "base"}
-    return TaskModel(base, **settings | options)
+    return LmEvalModel(base, **settings | options)
 
 
 def requests(*arguments):
@@ -159,7 +159,7 @@ def test_scores_and_answers_are_those_of_mlx_lm(tiny, as_chat):
 
     theirs = MLXLM(str(tiny / "fused"), use_chat_template=as_chat)
     model = open_switchable(str(tiny / "run"))
-    ours = task_model(model.base, as_chat=as_chat)
+    ours = lm_eval_model(model.base, as_chat=as_chat)
     scored = requests(
         *[(row["question"], choice) for row in ROWS for choice in row["choices"]],
         ("The cat sat on the", " mat"),
@@ -192,7 +192,10 @@ def test_a_token_that_begins_texts_is_written_by_tokenizer_or_template(tmp_path,
     folder = add_bos_token(make_checkpoint(tmp_path / "base"))
     base = load_model(str(folder))
     assert base.tokenizer.encode("Why?")[0] == base.tokenizer.bos_token_id
-    ours, theirs = task_model(base, as_chat=as_chat), MLXLM(str(folder), use_chat_template=as_chat)
+    ours, theirs = (
+        lm_eval_model(base, as_chat=as_chat),
+        MLXLM(str(folder), use_chat_template=as_chat),
+    )
     scored = requests(("Where is the cat?", " On the mat."), ("The", " cat"))
     expected = [logp for logp, _ in theirs.loglikelihood(scored)]
     assert [logp for logp, _ in ours.loglikelihood(scored)] == pytest.approx(expected, abs=1e-4)
@@ -212,7 +215,7 @@ def generate(model, prompt, **settings):
 def test_a_score_by_hand(tmp_path):
     """Log-softmax of the logits after each token, in float64."""
     base = load_model(str(make_checkpoint(tmp_path / "base")))
-    ours = task_model(base)
+    ours = lm_eval_model(base)
     context, continuation = "Where is the cat?", " On the mat."
     whole = base.tokenizer.encode(context + continuation)
     length = len(base.tokenizer.encode(context))
@@ -239,7 +242,7 @@ def batch_of(ids):
 def test_texts_stay_within_the_positions_that_a_model_has_learned(tmp_path):
     """Beyond its table of positions MLX reads other memory."""
     base = load_model(str(make_gpt2_checkpoint(tmp_path / "base", positions=32)))
-    ours = task_model(base)
+    ours = lm_eval_model(base)
     long = "The cat sat on the mat. " * 10
     ids = base.tokenizer.encode(long)
     end = base.tokenizer.encode(" no")
@@ -264,12 +267,12 @@ def test_texts_stay_within_the_positions_that_a_model_has_learned(tmp_path):
 
 def test_an_answer_that_a_text_ends_is_not_generated_to_its_limit(tiny):
     model = load_model(str(tiny / "base"))
-    ours = task_model(model)
+    ours = lm_eval_model(model)
     long = generate(ours, "The cat", max_gen_toks=60)
     end = long[len(long) // 4 :][:12]
     assert generate(ours, "The cat", until=end, max_gen_toks=60) == long[: long.index(end)]
     assert generate(ours, "The cat", until=["", end], max_gen_toks=60) == long[: long.index(end)]
-    short = task_model(model, max_tokens=5)  # the user's limit is before the task's
+    short = lm_eval_model(model, max_tokens=5)  # the user's limit is before the task's
     assert long.startswith(generate(short, "The cat", max_gen_toks=60))
     assert len(generate(short, "The cat", max_gen_toks=60)) < 40
     generate(ours, "The cat", max_gen_toks=2, do_sample=True, temperature=1.0)

@@ -35,7 +35,7 @@ TOO_LONG = "continuations were longer than the model's context: their log-likeli
 SAMPLED = "answers were generated greedily, although the task asks for sampling"
 
 
-class TaskModel(LM):
+class LmEvalModel(LM):
     """The model of a run in one state, for lm-eval.
 
     Args:

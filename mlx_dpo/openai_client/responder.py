@@ -11,11 +11,11 @@ from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.generation.batch import GeneratedText, GeneratedTokens
 from mlx_dpo.io.notices import notify, notify_once
-from mlx_dpo.openai_api.address import Address
-from mlx_dpo.openai_api.client import ApiClient, Body
-from mlx_dpo.openai_api.connection import Connection, RequestCounts
-from mlx_dpo.openai_api.reply import Reply, strip_thinking
-from mlx_dpo.openai_api.reply_cache import ReplyCache, request_key
+from mlx_dpo.openai_client.address import Address
+from mlx_dpo.openai_client.client import ApiClient, Body
+from mlx_dpo.openai_client.connection import Connection, RequestCounts
+from mlx_dpo.openai_client.reply import Reply, strip_thinking
+from mlx_dpo.openai_client.reply_cache import ReplyCache, request_key
 from mlx_dpo.paths import CACHE_VARIABLE, reply_cache_folder
 from mlx_dpo.phases import phase
 from mlx_dpo.types import Message

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.openai_api.address import Address, check_address, is_address, parse_address
+from mlx_dpo.openai_client.address import Address, check_address, is_address, parse_address
 from mlx_dpo.units import format_bytes
 
 OPENAI_HOST, OPENAI_KEY = "api.openai.com", "OPENAI_API_KEY"

@@ -6,14 +6,14 @@ import random
 import pytest
 
 from mlx_dpo.errors import DPOError
-from mlx_dpo.openai_api.reply import (
+from mlx_dpo.openai_client.reply import (
     UnusableReplyError,
     parse_error,
     parse_models,
     parse_reply,
     strip_thinking,
 )
-from tests.openai_api.fake_server import completion
+from tests.openai_client.fake_server import completion
 
 VALUES = [None, True, 0, -1, 1e308, "", "\x1b[2J", "\ud800", [], {}, [[]], [None], {"text": 5}]
 

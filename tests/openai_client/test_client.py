@@ -13,11 +13,11 @@ from email.utils import formatdate
 import pytest
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.openai_api import client as client_module
-from mlx_dpo.openai_api.client import ApiClient
-from mlx_dpo.openai_api.connection import Connection
-from mlx_dpo.openai_api.reply import MAX_REPLY_BYTES, parse_reply, retry_after
-from tests.openai_api.fake_server import completion, echo, fake_server
+from mlx_dpo.openai_client import client as client_module
+from mlx_dpo.openai_client.client import ApiClient
+from mlx_dpo.openai_client.connection import Connection
+from mlx_dpo.openai_client.reply import MAX_REPLY_BYTES, parse_reply, retry_after
+from tests.openai_client.fake_server import completion, echo, fake_server
 
 OK = completion("fine")
 BUSY = (429, {}, {"error": {"message": "slow down"}})
@@ -329,8 +329,8 @@ def test_the_bytes_of_all_requests_are_counted():
 
 CTRL_C = """
 import sys
-from mlx_dpo.openai_api.client import ApiClient
-from mlx_dpo.openai_api.connection import Connection
+from mlx_dpo.openai_client.client import ApiClient
+from mlx_dpo.openai_client.connection import Connection
 connection = Connection()
 client = ApiClient(connection.open(sys.argv[1]), connection)
 bodies = [{"messages": [{"content": str(n)}]} for n in range(9)]

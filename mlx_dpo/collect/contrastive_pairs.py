@@ -1,4 +1,4 @@
-"""Pairs of answers of which the better one is known from how they were made.
+"""Contrastive pairs: two answers of which the better one is known from how they were made.
 
 A revised answer should be better than the first one, and an answer under a good system prompt
 better than one under a bad system prompt. A judge may confirm this; pairs that it does not confirm
@@ -60,7 +60,7 @@ class PairRule:
         return _make_skip(task.prompt, task.answers, why, provenance)
 
 
-class OrderedTaskSampler(TaskSampler):
+class ContrastiveTaskSampler(TaskSampler):
     """Sampler of tasks of two answers, the better one first; see `TaskSampler`.
 
     A prompt whose answers make no pair is skipped, and the reason is stored in `pairs_file`.
@@ -97,7 +97,7 @@ def _make_skip(
     return Decision(prompt, provenance | sources, skip_reason=why, answers=texts)
 
 
-def collect_ordered(tasks: OrderedTaskSampler, judge: Judge | None) -> Iterator[Decision]:
+def collect_contrastive(tasks: ContrastiveTaskSampler, judge: Judge | None) -> Iterator[Decision]:
     """Decide every remaining prompt that has two answers; store each decision, then yield it.
 
     Args:

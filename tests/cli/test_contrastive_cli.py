@@ -15,7 +15,7 @@ REWARD = "def vowels(prompt, answer):\n    return sum(letter in 'aeiou' for lett
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(make_checkpoint(tmp_path_factory.mktemp("ordered") / "base"))
+    return str(make_checkpoint(tmp_path_factory.mktemp("contrastive") / "base"))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_dpo.io.notices import notify_once
-from mlx_dpo.openai_api import client
+from mlx_dpo.openai_client import client
 
 
 @pytest.fixture(autouse=True)

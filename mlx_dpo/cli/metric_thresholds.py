@@ -1,4 +1,4 @@
-"""`--fail-below` and `--fail-above`: bars on the metrics of `mlx-dpo eval`, for scripts."""
+"""`--fail-below` and `--fail-above`: thresholds on the metrics of `mlx-dpo eval`, for scripts."""
 
 import math
 import sys
@@ -12,14 +12,14 @@ import click
 from mlx_dpo.cli.output import echo
 from mlx_dpo.errors import ConfigError
 
-FAILED = 3  # exit status of a failed bar; 1 is an error, 2 a wrong command line
+FAILED = 3  # exit status of a failed threshold; 1 is an error, 2 a wrong command line
 METAVAR = "METRIC=VALUE"
 LISTED = 60  # names in an error
 ROUNDING = 1e-6  # relative, of a float32 metric: about eight units in its last place
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class Threshold:
     """A bound on a metric."""
 
     metric: str
@@ -27,17 +27,17 @@ class Bar:
     is_lower: bool  # the metric must be at least `value`; otherwise at most
 
     def is_met(self, value: float) -> bool:
-        """Return whether a value of the metric meets the bar; NaN meets none.
+        """Return whether a value of the metric meets the threshold; NaN meets none.
 
         Metrics are computed in float32, in which 7 of 10 is 0.69999999: a value that differs from
-        the bar by rounding alone meets it.
+        the threshold by rounding alone meets it.
         """
         if math.isclose(value, self.value, rel_tol=ROUNDING):
             return True
         return value >= self.value if self.is_lower else value <= self.value
 
 
-def bar_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+def threshold_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags `--fail-below` and `--fail-above` to a command."""
     for name, verb in (("--fail-above", "above"), ("--fail-below", "below")):
         command = click.option(
@@ -50,8 +50,8 @@ def bar_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def parse_bars(below: Sequence[str], above: Sequence[str]) -> list[Bar]:
-    """Return the bars of `--fail-below` and `--fail-above`.
+def parse_thresholds(below: Sequence[str], above: Sequence[str]) -> list[Threshold]:
+    """Return the thresholds of `--fail-below` and `--fail-above`.
 
     Raises:
         ConfigError: a text is not METRIC=VALUE.
@@ -62,7 +62,7 @@ def parse_bars(below: Sequence[str], above: Sequence[str]) -> list[Bar]:
     ]
 
 
-def _parse(flag: str, text: str, *, is_lower: bool) -> Bar:
+def _parse(flag: str, text: str, *, is_lower: bool) -> Threshold:
     metric, _, number = text.rpartition("=")
     try:
         value = float(number)
@@ -73,7 +73,7 @@ def _parse(flag: str, text: str, *, is_lower: bool) -> Bar:
             f"--{flag}: must be {METAVAR} with a number, such as "
             f"eval_rewards/accuracies=0.7, found {text!r}"
         )
-    return Bar(metric.strip(), value, is_lower)
+    return Threshold(metric.strip(), value, is_lower)
 
 
 def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -90,21 +90,23 @@ def flatten_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, fl
     return numbers
 
 
-def check_bars(bars: Sequence[Bar], record: Mapping[str, Any]) -> None:
-    """End the program with status `FAILED` if a metric of the record does not meet its bar.
+def check_thresholds(thresholds: Sequence[Threshold], record: Mapping[str, Any]) -> None:
+    """End the program with status `FAILED` if a metric of the record does not meet its threshold.
 
     Raises:
         ConfigError: a metric is not in the record; the message lists those that are.
     """
     numbers = flatten_numbers(record)
-    for bar in bars:
-        if bar.metric not in numbers:
-            raise ConfigError(_unknown(bar.metric, list(numbers)))
-    missed = [bar for bar in bars if not bar.is_met(numbers[bar.metric])]
-    for bar in missed:
-        relation = "below" if bar.is_lower else "above"
-        value = numbers[bar.metric]
-        echo(f"Failed: {bar.metric} is {value:.6g}, {relation} {bar.value:g}", err=True)
+    for threshold in thresholds:
+        if threshold.metric not in numbers:
+            raise ConfigError(_unknown(threshold.metric, list(numbers)))
+    missed = [
+        threshold for threshold in thresholds if not threshold.is_met(numbers[threshold.metric])
+    ]
+    for threshold in missed:
+        relation = "below" if threshold.is_lower else "above"
+        value = numbers[threshold.metric]
+        echo(f"Failed: {threshold.metric} is {value:.6g}, {relation} {threshold.value:g}", err=True)
     if missed:
         sys.exit(FAILED)
 

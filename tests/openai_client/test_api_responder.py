@@ -8,11 +8,11 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.errors import ConfigError, DPOError, ModelError
 from mlx_dpo.evaluation.judge import open_judge
-from mlx_dpo.openai_api.address import Address
-from mlx_dpo.openai_api.connection import Connection
-from mlx_dpo.openai_api.responder import open_api_responder
+from mlx_dpo.openai_client.address import Address
+from mlx_dpo.openai_client.connection import Connection
+from mlx_dpo.openai_client.responder import open_api_responder
 from mlx_dpo.saved_runs.respond import open_any_responder
-from tests.openai_api.fake_server import completion, fake_server
+from tests.openai_client.fake_server import completion, fake_server
 
 GREEDY = Sampling(max_tokens=7)
 

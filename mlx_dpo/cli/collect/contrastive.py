@@ -1,4 +1,4 @@
-"""`mlx-dpo collect` by principles, system prompts or a teacher, which say what is better."""
+"""`mlx-dpo collect` of contrastive pairs: by principles, system prompts or a teacher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_dpo.collect.ordered_pairs import PairRule
+    from mlx_dpo.collect.contrastive_pairs import PairRule
     from mlx_dpo.collect.session import AnswerSampler
     from mlx_dpo.data.prompts import Prompt
     from mlx_dpo.evaluation.rewards import Judge
     from mlx_dpo.generation.responder import Responder
-    from mlx_dpo.openai_api.connection import Connection
+    from mlx_dpo.openai_client.connection import Connection
 
 Command = Callable[..., Any]
 METHODS = ("principles", "system_chosen", "answers_from")  # flags that make the better answer
-ORDERED_FLAGS = (*METHODS, "revisions", "revision_temperature", "critic", "system_rejected")
+CONTRASTIVE_FLAGS = (*METHODS, "revisions", "revision_temperature", "critic", "system_rejected")
 
 
 def _print_principles(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -78,8 +78,8 @@ def principle_flags(command: Command) -> Command:
     return command
 
 
-def ordered_flags(command: Command) -> Command:
-    """Add the flags of collections whose better answer is known to a command."""
+def contrastive_flags(command: Command) -> Command:
+    """Add the flags of contrastive pairs to a command: teacher, principles, system prompts."""
     for decorate in (
         click.option(
             "--system-rejected",
@@ -129,8 +129,8 @@ class JudgeFlags(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrderedFlags:
-    """The flags of a collection by principles, system prompts or a teacher, and of its judge."""
+class ContrastiveFlags:
+    """The flags of contrastive pairs (principles, system prompts, a teacher) and of their judge."""
 
     answers_from: str | None
     principles: str | None
@@ -194,16 +194,16 @@ def check_single(
 Opener = Callable[["Responder", "list[Prompt]"], "tuple[AnswerSampler, PairRule, Judge | None]"]
 
 
-def collect_ordered_pairs(
-    flags: OrderedFlags,
+def collect_contrastive_pairs(
+    flags: ContrastiveFlags,
     runs: tuple[str, ...],
     model: str | None,
     prompts: str,
     output: str,
     sampling: Sampling,
 ) -> None:
-    """Collect pairs by principles, by system prompts or by a teacher, and print the results."""
-    from mlx_dpo.collect.ordered_pairs import OrderedTaskSampler, collect_ordered
+    """Collect contrastive pairs by principles, system prompts or a teacher; print the results."""
+    from mlx_dpo.collect.contrastive_pairs import ContrastiveTaskSampler, collect_contrastive
     from mlx_dpo.collect.sample import JUDGE_CHUNK, open_responders
     from mlx_dpo.data.prompts import add_system_prompt, read_prompts
 
@@ -218,15 +218,15 @@ def collect_ordered_pairs(
     [responder] = open_responders(runs, model)
     prompt_list = add_system_prompt(prompt_list, responder.system)
     sample_answers, rule, judge = open_method(responder, prompt_list)
-    tasks = OrderedTaskSampler(
+    tasks = ContrastiveTaskSampler(
         prompt_list, pairs_file, sample_answers, rule, chunk_size=JUDGE_CHUNK
     )
     print_resumed(tasks)
-    run_with_progress(tasks, collect_ordered(tasks, judge))
+    run_with_progress(tasks, collect_contrastive(tasks, judge))
     print_summary(pairs_file)
 
 
-def _read_principles(flags: OrderedFlags, sampling: Sampling) -> Opener:
+def _read_principles(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
     """Read the principles; the returned function opens critic and judge."""
     from mlx_dpo.collect.principles.judge import judge_drawn, open_principle_judge
     from mlx_dpo.collect.principles.principle_set import PrincipleDraw, read_principles
@@ -259,7 +259,7 @@ def _read_principles(flags: OrderedFlags, sampling: Sampling) -> Opener:
     return open_method
 
 
-def _read_systems(flags: OrderedFlags, sampling: Sampling) -> Opener:
+def _read_systems(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
     """Read the system prompts; the returned function opens the judge, if there is one."""
     from mlx_dpo.collect.system_contrast import SystemContrast, SystemPrompts
     from mlx_dpo.evaluation.judge import open_judge
@@ -281,7 +281,7 @@ def _read_systems(flags: OrderedFlags, sampling: Sampling) -> Opener:
     return open_method
 
 
-def _name_teacher(flags: OrderedFlags, sampling: Sampling) -> Opener:
+def _name_teacher(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
     """Return a function that opens the teacher, and the judge if there is one."""
     from mlx_dpo.collect.teacher import SENT_TO_TEACHER, TEACHER_RULE, TeacherContrast
     from mlx_dpo.evaluation.judge import open_judge

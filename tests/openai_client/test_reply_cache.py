@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from mlx_dpo.io import notices
-from mlx_dpo.openai_api.reply import Reply
-from mlx_dpo.openai_api.reply_cache import ReplyCache, list_entries, request_key
+from mlx_dpo.openai_client.reply import Reply
+from mlx_dpo.openai_client.reply_cache import ReplyCache, list_entries, request_key
 
 MODEL = "http://127.0.0.1:1/v1#m"
 ONE, CUT, FILTERED = Reply("é\n[[A]]", "stop"), Reply("", "length"), Reply("x", "stop", True)
@@ -118,8 +118,8 @@ def test_a_reply_is_on_disk_when_it_was_added(folder):
     program = f"""
 import os
 from pathlib import Path
-from mlx_dpo.openai_api.reply import Reply
-from mlx_dpo.openai_api.reply_cache import ReplyCache
+from mlx_dpo.openai_client.reply import Reply
+from mlx_dpo.openai_client.reply_cache import ReplyCache
 ReplyCache(Path({str(folder)!r}), {MODEL!r}).add("a", Reply("kept", "stop"))
 os.kill(os.getpid(), 9)
 """

@@ -15,9 +15,9 @@ import httpx2
 
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.notices import notify_once
-from mlx_dpo.openai_api.address import Address
-from mlx_dpo.openai_api.connection import Connection
-from mlx_dpo.openai_api.reply import (
+from mlx_dpo.openai_client.address import Address
+from mlx_dpo.openai_client.connection import Connection
+from mlx_dpo.openai_client.reply import (
     MAX_REPLY_BYTES,
     QUOTA,
     Reply,

@@ -3,8 +3,8 @@
 import pytest
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.openai_api.address import is_address, parse_address
-from mlx_dpo.openai_api.connection import Connection, bind_connection
+from mlx_dpo.openai_client.address import is_address, parse_address
+from mlx_dpo.openai_client.connection import Connection, bind_connection
 
 OPENAI = "https://api.openai.com/v1#m"
 

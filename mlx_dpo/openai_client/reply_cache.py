@@ -21,7 +21,7 @@ from mlx_dpo.io.cache_listing import CacheEntry, list_cache
 from mlx_dpo.io.checksums import check_line, to_checked_line
 from mlx_dpo.io.locks import lock_file
 from mlx_dpo.io.notices import notify_once
-from mlx_dpo.openai_api.reply import Reply
+from mlx_dpo.openai_client.reply import Reply
 
 VERSION = 1  # of the lines
 SUFFIX = ".replies"
