@@ -7,6 +7,7 @@ checkpoint. MLX reads GGUF files, too, but in MLX 0.32.4 its values of Q4_K are 
 """
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from mlx_dpo.startup.jit_cache import user_environment
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 ROWS = 65536  # rows that are hashed at a time
+HEAD, EMBEDDINGS = "output.weight", "token_embd.weight"  # in GGUF files
+HEAD_NAME = re.compile(r"lm_head|embed_out|^(?:model\.)?output\.weight$")  # in checkpoints
 
 
 class _ProgramError(Exception):
@@ -141,7 +144,8 @@ def write_rounded_checkpoint(folder: Path, checkpoint: Path, plain: Path, quanti
     The converter renames tensors and may permute their rows (llama), stack them (experts) or join
     them (query, key and value), but it keeps the rows of matrices. So each row of the unquantized
     GGUF file is looked up, by content, among the rows of the checkpoint in float16, and the row of
-    the quantized file takes its place. Vectors are not quantized.
+    the quantized file takes its place. Vectors are not quantized. Rows of the LM head and of the
+    embeddings may be equal, but are quantized to different types, so their tensors decide.
 
     Args:
         folder: existing folder for the copy.
@@ -159,7 +163,7 @@ def write_rounded_checkpoint(folder: Path, checkpoint: Path, plain: Path, quanti
         before, rounded = _values(tensor), _values(after[tensor.name])
         if before.ndim < 2 or np.array_equal(before, rounded):
             continue
-        if not rows.replace(before, rounded):
+        if not rows.replace(before, rounded, tensor.name):
             raise ModelError(
                 f"{quantized}: cannot be measured, because the converter wrote other values "
                 f"for `{tensor.name}` than the checkpoint has; use --gguf-type f16"
@@ -184,13 +188,17 @@ class _CheckpointRows:
             for index, digest in enumerate(_row_digests(value)):
                 self._places.setdefault(digest, []).append((name, index))
 
-    def replace(self, old: np.ndarray, new: np.ndarray) -> bool:
-        """Replace the rows of `old` by those of `new`; return whether all of them were found."""
+    def replace(self, old: np.ndarray, new: np.ndarray, tensor: str) -> bool:
+        """Replace the rows of `old` by those of `new`; return whether all of them were found.
+
+        Args:
+            tensor: name of the tensor in the GGUF file.
+        """
         rows = new.reshape(-1, new.shape[-1])
         for row, digest in zip(rows, _row_digests(mx.array(old)), strict=True):
             if digest not in self._places:
                 return False
-            for name, index in self._places[digest]:
+            for name, index in _without_other(self._places[digest], tensor):
                 self._matrix(name)[index] = row
         return True
 
@@ -207,6 +215,22 @@ class _CheckpointRows:
             name: mx.array(value).reshape(self._matrices[name].shape)
             for name, value in self._changed.items()
         }
+
+
+def _without_other(places: list[tuple[str, int]], tensor: str) -> list[tuple[str, int]]:
+    """Return the places of a row of the LM head or of the embeddings without those in the other.
+
+    Args:
+        tensor: name of the tensor in the GGUF file. With tied embeddings there is no head.
+    """
+    if tensor not in (HEAD, EMBEDDINGS):
+        return places
+    own = [
+        (name, index)
+        for name, index in places
+        if (HEAD_NAME.search(name) is not None) == (tensor == HEAD)
+    ]
+    return own or places
 
 
 def _row_digests(value: mx.array) -> Iterator[bytes]:

@@ -64,6 +64,25 @@ def test_rows_are_found_where_the_converter_put_them(files):
     assert (folder / "rounded" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_equal_rows_of_head_and_embeddings_are_told_apart(tmp_path, order):
+    """llama.cpp quantizes the head to more bits than the embeddings."""
+    rows = np.random.default_rng(0).standard_normal((4, 32)).astype(HALF)
+    checkpoint = {"model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "rounded").mkdir()
+    mx.save_safetensors(
+        str(tmp_path / "checkpoint" / "model.safetensors"),
+        {name: mx.array(value) for name, value in checkpoint.items()},
+    )
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    coarse = {"token_embd.weight": np.round(rows), "output.weight": np.round(rows * 8) / 8}
+    coarse = dict(list(coarse.items())[::order])
+    found = rounded_tensors(tmp_path, dict.fromkeys(coarse, rows), coarse)
+    np.testing.assert_array_equal(found["lm_head.weight"], coarse["output.weight"])
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], coarse["token_embd.weight"])
+
+
 def test_what_was_not_rounded_keeps_its_values(files):
     folder, tensors = files
     half = {name: value.astype(HALF) for name, value in tensors.items()}
