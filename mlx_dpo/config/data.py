@@ -241,6 +241,11 @@ def check_pair_settings(
                 raise ConfigError(f"`pair_labelled` cannot go with {reason}")
     elif settings.schema == "labelled" and not labelled:
         raise ConfigError("`schema` labelled needs --loss-type kto, or --pair-labelled")
+    if supervised and settings.ranked not in (None, "best_worst"):
+        raise ConfigError(
+            f"`ranked` {settings.ranked} cannot go with loss_type `sft` alone, which takes the "
+            "best answer of each row; leave it out"
+        )
     if not supervised:
         _check_not_supervised(settings)
 
