@@ -2,8 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,11 @@ from mlx_dpo.cli.ranks_flags import RanksFlags
 from mlx_dpo.cli.setting_flags import STAGE_KEYS, check_none_missing, file_settings, typed_settings
 from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.io.notices import notify
 
 if TYPE_CHECKING:
+    from mlx_dpo import DPOConfig, DPOTrainer
+    from mlx_dpo.runs.inputs import Inputs
     from mlx_dpo.runs.stages.settings import Stage, StageSettings
     from mlx_dpo.training.monitor.verdict import Verdict
 
@@ -199,15 +202,33 @@ def train_stages(
             for number, stage in training.stages():
                 title = f"Stage {number} of {len(folders)}: {stage.name}, in {stage.config.output}"
                 echo(f"\n{title}", bold=True)
-                verdict = _train(stage, command, force=force, verbose=display.verbose)
+                with _trained(stage, command, force=force, verbose=display.verbose) as run:
+                    verdict = run.verdict
+                    if number == len(folders):
+                        _warn_of_known_prompts(training.all_stages[0].config, run.inputs)
     print_label_table(make_console(), list_next_commands(folders[-1], verdict))
 
 
-def _train(stage: "Stage", resume_command: str, *, force: bool, verbose: bool) -> "Verdict | None":
-    """Train a stage from its start or its last checkpoint; return the verdict on its policy."""
+@contextmanager
+def _trained(
+    stage: "Stage", resume_command: str, *, force: bool, verbose: bool
+) -> "Iterator[DPOTrainer]":
+    """Train a stage from its start or its last checkpoint; yield the trainer."""
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import run_with_progress
 
     with DPOTrainer(stage.config, resume=True, force=force) as run:
         run_with_progress(run, resume_command, verbose=verbose)
-    return run.verdict
+        yield run
+
+
+def _warn_of_known_prompts(first: "DPOConfig", inputs: "Inputs") -> None:
+    """Warn if the first stage was trained on prompts that the last one holds out."""
+    from mlx_dpo.runs.stages.training import count_trained_before
+
+    if known := count_trained_before(first, inputs):
+        notify(
+            f"{known:,} of {len(inputs.valid):,} held-out pairs have a prompt that the stage "
+            "`sft` was trained on, so the metrics on them are too good; make two files with "
+            "`mlx-dpo data split`, and name the second with --valid"
+        )

@@ -57,6 +57,31 @@ def test_two_stages_are_trained_with_their_own_settings_and_opened_as_one(words,
     assert again.stderr.splitlines()[-1].startswith(f"Error: {tmp_path}/run: all stages are finis")
 
 
+def test_held_out_prompts_that_the_first_stage_knows_are_counted(trained, tmp_path):
+    """Lists have one best answer but several pairs, so the stages hold out other prompts."""
+    ratings = [("It is {}.", 9), ("Maybe {}.", 5), ("no", 2)]
+    lines = [
+        {
+            "prompt": f"Where is {n}?",
+            "completions": [
+                {"response": text.format(n), "overall_score": score} for text, score in ratings
+            ],
+        }
+        for n in range(8)
+    ]
+    rows = tmp_path / "lists.jsonl"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ("--batch-size", "4", "--samples", "0", "--sft-max-steps", "1", "--max-steps", "1")
+    given = ("train", rows, "--model", trained / "base", "--stages", "sft,dpo", *more)
+    result = run(*given, "--ranked", "all", "-o", tmp_path / "lists")
+    assert result.exit_code == 0, result.output
+    known = "3 of 3 held-out pairs have a prompt that the stage `sft` was trained on"
+    assert known in result.stderr
+    result = run(*given, "-o", tmp_path / "best")  # one pair of each list: the same prompts
+    assert result.exit_code == 0, result.output
+    assert "was trained on" not in result.stderr
+
+
 def test_a_yaml_file_has_the_stages_and_the_settings_of_the_first(words, trained, tmp_path):
     rows = tmp_path / "answers.jsonl"
     (tmp_path / "settings.yaml").write_text(

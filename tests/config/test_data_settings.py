@@ -27,7 +27,10 @@ from mlx_dpo.schemas import SCHEMA_NAMES
             {"pair_labelled": True, "loss_type": "sft"},
             "`pair_labelled` cannot go with loss_type",
         ),
-        ({"ranked": "all", "loss_type": "sft"}, "`ranked` all cannot go with loss_type `sft` alone"),
+        (
+            {"ranked": "all", "loss_type": "sft"},
+            "`ranked` all cannot go with loss_type `sft`",
+        ),
         ({"schema": "text"}, "`schema` text has rows of one answer, and needs --loss-type sft"),
         ({"assistant_turns": "last"}, "`assistant_turns` acts on instruction tuning only"),
         (

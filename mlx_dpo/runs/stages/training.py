@@ -8,12 +8,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.columns import prompt_keys
 from mlx_dpo.data.sources import STDIN, find_sources
 from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json
 from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record
+from mlx_dpo.runs.inputs import Inputs, load_inputs
 from mlx_dpo.runs.stages.find import STAGES_RECORD
 from mlx_dpo.runs.stages.settings import Stage, StageSettings
 
@@ -136,6 +139,21 @@ class StagedTraining:
 def has_begun(stage: Stage) -> bool:
     """Return whether the run of a stage has begun."""
     return os.path.lexists(RunPaths(Path(stage.config.output)).record)
+
+
+def count_trained_before(first: DPOConfig, inputs: Inputs) -> int:
+    """Return how many held-out examples of the last stage have a prompt that the first trains on.
+
+    Both stages hold out the same prompts if they read the same rows. They do not if one of them
+    drops a row, or if the first has rows of its own.
+
+    Args:
+        first: settings of the first stage.
+        inputs: model and examples of the last stage.
+    """
+    earlier = load_inputs(first, read=lambda _: inputs.base)
+    trained = set(prompt_keys(earlier.train))
+    return sum(key in trained for key in prompt_keys(inputs.valid))
 
 
 def is_finished(stage: Stage) -> bool:
