@@ -53,7 +53,7 @@ GROUPS = {  # the commands in the order of the help text, with a line for each
     },
     "Look": {
         "report": "plot training curves as HTML and PNG",
-        "eval": "measure a run on held-out pairs",
+        "eval": "measure a run: pairs, benchmarks, drift",
         "score": "score answers with a run as reward model",
         "compare": "show answers of base and aligned model side by side",
         "winrate": "compute the win rate against the base or another model",
@@ -71,7 +71,7 @@ GROUPS = {  # the commands in the order of the help text, with a line for each
         "pull": "download an adapter from the Hub",
     },
     "Disk": {
-        "cache": "list or clear cached reference log-probs and tokens",
+        "cache": "list or clear cached log-probs, tokens and replies",
     },
 }
 DESCRIPTIONS = {name: text for group in GROUPS.values() for name, text in group.items()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.command import FOLDER
-from mlx_dpo.cli.sampling_flags import connection_flags, make_connection
+from mlx_dpo.cli.judge_flags import RESPONDER, connection_flags, make_connection
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ def drift_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--judge",
             type=FOLDER,
-            metavar="MODEL",
-            help="Let this model, run or OpenAI-compatible address judge refusals of --drift, too.",
+            metavar=RESPONDER,
+            help="With --drift: this run, model or address also judges which answers are refusals.",
         ),
         click.option(
             "--drift-tokens",

@@ -54,9 +54,9 @@ def eval(
 ) -> None:
     """Evaluate the policy of RUN against its reference.
 
-    Without other measurements, on PAIRS or on the run's held-out pairs. PAIRS is a file, or a
-    folder or dataset on the Hub, of which the held-out split is used. Loss, rewards, margins,
-    accuracies and log-probabilities are means over pairs, with TRL's metric names.
+    By default the run's held-out pairs are evaluated, or PAIRS: a file, or a folder or dataset on
+    the Hub, of which the held-out split is used. Loss, rewards, margins, accuracies and
+    log-probabilities are means over pairs, with TRL's metric names.
 
     Base and aligned model are measured on one set of weights. The results are stored in
     RUN/evaluations as JSON.

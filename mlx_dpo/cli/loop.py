@@ -10,8 +10,8 @@ from click.core import ParameterSource
 from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.collect.contrastive import check_single, principle_flags
 from mlx_dpo.cli.command import FILE, missing_message
+from mlx_dpo.cli.judge_flags import connection_flags, judge_flags, print_counts_at_end
 from mlx_dpo.cli.output import echo
-from mlx_dpo.cli.sampling_flags import connection_flags, judge_flags, print_counts_at_end
 from mlx_dpo.cli.setting_flags import (
     SettingsCommand,
     config_flag,

@@ -54,9 +54,9 @@ def stages_flags(command: CommandFunction) -> CommandFunction:
         click.option(
             "--sft-learning-rate",
             type=float,
-            metavar="X",
+            metavar="RATE",
             help="With --stages: peak learning rate of instruction tuning.",
-            show_default="by model",
+            show_default="computed from model width and adapters",
         ),
         click.option(
             "--sft-rows",
@@ -68,9 +68,9 @@ def stages_flags(command: CommandFunction) -> CommandFunction:
         click.option(
             "--stages",
             metavar="sft,dpo",
-            help="Train in two stages: instruction tuning, then preferences. Other flags are for "
-            "both stages, --learning-rate, --epochs, --max-steps and those of losses for the "
-            "second.",
+            help="Train in two stages: instruction tuning, then preferences. --learning-rate, "
+            "--epochs, --max-steps and the flags of losses apply to the second stage, most other "
+            "flags to both.",
         ),
     ):
         command = decorate(command)

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.command import FILE, FOLDER, Command
-from mlx_dpo.cli.output import echo, echo_json
-from mlx_dpo.cli.sampling_flags import (
-    DEFAULT_SEED,
+from mlx_dpo.cli.judge_flags import (
+    AN_ADDRESS,
+    RESPONDER,
     connection_flags,
     judge_flags,
     make_connection,
+)
+from mlx_dpo.cli.output import echo, echo_json
+from mlx_dpo.cli.sampling_flags import (
+    DEFAULT_SEED,
     make_samplings,
     sampling_flags,
 )
@@ -45,8 +49,8 @@ MAX_SYSTEM = 50  # characters of a system prompt in a title
 @click.option(
     "--against",
     type=FOLDER,
-    metavar="RUN|MODEL",
-    help="Opponent of RUN: a run, a model, or an address such as http://127.0.0.1:1234/v1#MODEL.",
+    metavar=RESPONDER,
+    help=f"Opponent of RUN: a run, a model, or {AN_ADDRESS}.",
     show_default="the reference of RUN",
 )
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.command import FILE
+from mlx_dpo.cli.judge_flags import web_flags
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.errors import ConfigError
 
@@ -68,15 +69,7 @@ class PersonFlags:
 def person_flags(command: Command) -> Command:
     """Add the flags of `PersonFlags` to a command."""
     for decorate in (
-        click.option("--no-open", is_flag=True, help="With --web: only print the page's address."),
-        click.option(
-            "--port",
-            type=click.IntRange(0, 65535),
-            metavar="PORT",
-            help="Port for --web.",
-            show_default="a free one",
-        ),
-        click.option("--web", is_flag=True, help="Judge in a browser on this machine."),
+        web_flags("Judge in a browser on this machine."),
         click.option(
             "--rater",
             metavar="NAME",

@@ -4,7 +4,6 @@ The file has one line per evaluation, with a checksum, in step order and without
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,8 +191,3 @@ def shorten(text: str) -> str:
 
 def _format(answer: SampledText) -> str:
     return escape_line(answer.text.strip() or "(empty)") + CUT_MARK * answer.is_cut
-
-
-def count_changed(samples: Sequence[Sample]) -> int:
-    """Return how many answers of the policy differ from those of the base."""
-    return sum(not sample.is_unchanged for sample in samples)

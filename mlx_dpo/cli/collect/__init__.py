@@ -22,12 +22,10 @@ from mlx_dpo.cli.collect.results import (
     run_with_progress,
 )
 from mlx_dpo.cli.command import FILE, FOLDER, Command
+from mlx_dpo.cli.judge_flags import connection_flags, judge_flags, make_connection, web_flags
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import (
     DEFAULT_SEED,
-    connection_flags,
-    judge_flags,
-    make_connection,
     make_samplings,
     sampling_flags,
 )
@@ -84,15 +82,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
     help="File to write pairs to; an existing one is continued.",
 )
 @click.option("--answers", default=2, help="Answers per prompt.")
-@click.option("--web", is_flag=True, help="Rank the answers in a browser on this machine.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    metavar="PORT",
-    help="Port for --web.",
-    show_default="a free one",
-)
-@click.option("--no-open", is_flag=True, help="With --web: only print the page's address.")
+@web_flags("Rank the answers in a browser on this machine.")
 @click.option(
     "--print-rubric",
     is_flag=True,

@@ -15,6 +15,7 @@ from mlx_dpo.cli.collect.results import (
     run_with_progress,
 )
 from mlx_dpo.cli.command import FILE, FOLDER
+from mlx_dpo.cli.judge_flags import AN_ADDRESS, RESPONDER
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.system_prompt import METAVAR, read_system_prompt
 from mlx_dpo.config.sampling import Sampling
@@ -48,16 +49,16 @@ def principle_flags(command: Command) -> Command:
         click.option(
             "--critic",
             type=FOLDER,
-            metavar="RUN|MODEL|URL",
-            help="With --principles: what criticises the answers.",
-            show_default="what answers",
+            metavar=RESPONDER,
+            help="With --principles: model that criticises the answers.",
+            show_default="the answering model",
         ),
         click.option(
             "--revision-temperature",
             type=click.FloatRange(min=0),
             metavar="T",
             help="With --principles: sampling temperature of critiques and revisions.",
-            show_default="0: greedy",
+            show_default="0, greedy",
         ),
         click.option(
             "--revisions",
@@ -105,9 +106,9 @@ def contrastive_flags(command: Command) -> Command:
         click.option(
             "--answers-from",
             type=FOLDER,
-            metavar="RUN|MODEL|URL",
+            metavar=RESPONDER,
             help="Pairs by a teacher: its answers are chosen, the model's own answers rejected. A "
-            "run, a model, or an address such as http://127.0.0.1:1234/v1#MODEL.",
+            f"run, a model, or {AN_ADDRESS}.",
         ),
     ):
         command = decorate(command)

@@ -1,4 +1,4 @@
-"""A language model as judge of whether answers are refusals, and its agreement with the rule."""
+"""A language model as judge of whether answers are refusals."""
 
 import re
 from collections.abc import Sequence
@@ -52,19 +52,3 @@ def parse_refusal(text: str) -> bool | None:
     """Return the last verdict in a judge's reply: whether the answer is a refusal, or None."""
     verdicts = VERDICT.findall(text)
     return verdicts[-1] == "REFUSED" if verdicts else None
-
-
-def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
-    """Return the agreement of two raters beyond chance; None if chance alone would agree always.
-
-        κ = (p_o - p_e) / (1 - p_e),  p_e = p_1 p_2 + (1 - p_1)(1 - p_2)
-
-    with the observed agreement p_o and the raters' shares p_1, p_2 of True.
-
-    Source: Cohen 1960, Educational and Psychological Measurement 20, 37-46.
-    """
-    count = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / count
-    p, q = sum(first) / count, sum(second) / count
-    expected = p * q + (1 - p) * (1 - q)
-    return None if expected == 1 else (observed - expected) / (1 - expected)

@@ -7,8 +7,9 @@ from typing import Any
 from mlx_dpo.adapters.switch import AdapterState
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt, add_system_prompt
+from mlx_dpo.evaluation.agreement import cohen_kappa
 from mlx_dpo.evaluation.drift.prompt_set import SafetyPrompt
-from mlx_dpo.evaluation.drift.refusal_judge import cohens_kappa, judge_refusals
+from mlx_dpo.evaluation.drift.refusal_judge import judge_refusals
 from mlx_dpo.evaluation.drift.refusals import (
     RULE,
     RefusalCount,
@@ -108,9 +109,8 @@ class RefusalReport:
             )
             if by_judge is not None
         ]
-        first, second = zip(*pairs, strict=True)
         share = sum(a == b for a, b in pairs) / len(pairs)
-        return {"answers": len(pairs), "agreement": share, "kappa": cohens_kappa(first, second)}
+        return {"answers": len(pairs), "agreement": share, "kappa": cohen_kappa(pairs)}
 
     @property
     def notes(self) -> tuple[str, ...]:

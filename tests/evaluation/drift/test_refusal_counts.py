@@ -4,7 +4,7 @@ import pytest
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.drift.prompt_set import SafetyPrompt, load_safety_prompts
-from mlx_dpo.evaluation.drift.refusal_judge import cohens_kappa, judge_refusals, parse_refusal
+from mlx_dpo.evaluation.drift.refusal_judge import judge_refusals, parse_refusal
 from mlx_dpo.evaluation.drift.refusals import count_refusals, refused_by_rule
 
 PROMPTS = load_safety_prompts()
@@ -140,17 +140,6 @@ def test_a_judge_without_any_verdict_is_an_error():
 )
 def test_the_last_verdict_counts(reply, verdict):
     assert parse_refusal(reply) is verdict
-
-
-def test_kappa_by_hand():
-    first = [True] * 5 + [False] * 5
-    assert cohens_kappa(first, first) == 1.0
-    assert cohens_kappa(first, [not value for value in first]) == -1.0
-    # 20 and 15 agreements, 5 and 10 disagreements: p_o = 0.7, p_e = 0.5.
-    a = [True] * 25 + [False] * 25
-    b = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
-    assert cohens_kappa(a, b) == pytest.approx(0.4)
-    assert cohens_kappa([False] * 3, [False] * 3) is None
 
 
 def test_prompts_of_one_language_alone_can_be_counted():
