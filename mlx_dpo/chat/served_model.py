@@ -47,7 +47,9 @@ class SwitchingModelProvider(ModelProvider):
             context=served.context,
         )
         # The server's thread cannot evaluate arrays whose computation began on this thread.
-        evaluate_arrays(served.model)
+        for state in dict.fromkeys(served.names.values()):
+            with served.switch.activated(state):
+                evaluate_arrays(served.model)
 
     def load_default(self) -> None:
         """Switch to the default model, which answers requests that name no model."""

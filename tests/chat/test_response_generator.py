@@ -14,6 +14,7 @@ from mlx_lm.server import (
     SamplingArguments,
 )
 
+from mlx_dpo.adapters.attach import attach_adapters, detach_adapters
 from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.chat import response_generator
 from mlx_dpo.chat.requests import RequestError
@@ -40,6 +41,26 @@ def generator(served):
     )
     yield generator
     generator.stop_and_join()
+
+
+def test_both_models_are_served_whose_weights_are_lazy(tmp_path):
+    """Lazy arrays belong to the thread that made them: the base has a start adapter of its own."""
+    folder = str(make_checkpoint(tmp_path))
+    model, tokenizer = mlx_lm.load(folder, lazy=True)
+    switch, names = AdapterSwitch(model), {"aligned": "aligned", "base": "base"}
+    for state in ("base", "aligned"):
+        detach_adapters(model)
+        attach_adapters(model, rank=2, scale=2.0)
+        switch.save_state(state)
+    served = ServedModel(model, tokenizer, switch, names, VOCAB, CONTEXT, Sampling())
+    generator = FaultTolerantResponseGenerator(
+        SwitchingModelProvider(served), vocab_size=VOCAB, context=CONTEXT
+    )
+    assert switch.active == "aligned"
+    try:
+        assert len(ask(generator)) == TOKENS
+    finally:
+        generator.stop_and_join()
 
 
 def arguments(*, max_tokens=TOKENS, stop=(), bias=None, **sampling):
