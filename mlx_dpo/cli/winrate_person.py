@@ -9,7 +9,7 @@ import click
 
 from mlx_dpo.cli.command import FILE
 from mlx_dpo.cli.judge_flags import web_flags
-from mlx_dpo.cli.output import echo, echo_json
+from mlx_dpo.cli.output import echo_json
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -150,17 +150,12 @@ def _read_named_prompts(run: str, prompts: str | None) -> "Sequence[Prompt] | No
 
 def _ask(flags: PersonFlags, files: "ComparisonFiles", stored: "StoredAnswers") -> None:
     """Let the person decide the prompts that have no decision of theirs."""
+    from mlx_dpo.cli.collect.results import open_pairs_file, print_resumed
     from mlx_dpo.cli.collect.terminal import rank_at_terminal, rank_in_browser
     from mlx_dpo.collect.blind_comparison import ComparisonTasks
-    from mlx_dpo.collect.pairs_file import PairsFile
 
-    pairs_file = PairsFile(files.own)
-    for note in pairs_file.notes:
-        echo(note, err=True)
-    tasks = ComparisonTasks(stored, pairs_file, files.rater)
-    done = len(tasks.prompts) - tasks.remaining
-    if done:
-        echo(f"{done:,} of {len(tasks.prompts):,} prompts already have a decision", err=True)
+    tasks = ComparisonTasks(stored, open_pairs_file(str(files.own)), files.rater)
+    print_resumed(tasks)
     if not tasks.remaining:
         return
     if flags.web:

@@ -6,6 +6,8 @@ have a decision (a pair, or a reason to skip the prompt).
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,51 @@ from mlx_dpo.chat.feedback import JsonlFile, pair_row, utc_timestamp
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError, reason
+from mlx_dpo.io.locks import lock_file
 from mlx_dpo.schemas.messages import get_field_type, to_messages
 
 Row = dict[str, Any]
 PROVENANCE = "provenance"
+LOCK_RISK = (
+    "two programs that collect into one file would both decide the same prompts: start only one, "
+    "or choose a file on a local disk"
+)
+
+
+@contextmanager
+def lock_pairs(path: Path) -> Iterator[None]:
+    """Keep other programs from collecting into the file `path` inside the block.
+
+    The lock is a hidden file next to `path`, because each write locks `path` itself. The system
+    releases the lock however the program ends.
+
+    Raises:
+        DataError: another program collects into the file, or its folder cannot be written.
+    """
+    JsonlFile(path)  # checks the name before anything is written
+    lock, made = path.with_name(f".{path.name}.lock"), not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({reason(error)}); choose another file for the rows"
+        ) from error
+    with file:
+        try:
+            lock_file(file, wait=False, risk=LOCK_RISK)
+        except BlockingIOError:
+            raise DataError(
+                f"{path}: another program is collecting into it; wait for it, or choose another "
+                "file"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # it has the rows
+                    path.parent.rmdir()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
+from mlx_dpo.collect.pairs_file import lock_pairs
+from mlx_dpo.errors import DataError
 from mlx_dpo.paths import tiny_chat
 from tests.checkpoints import make_checkpoint
 from tests.cli.terminal import TerminalSession
@@ -119,6 +121,31 @@ def test_at_a_terminal_one_key_is_one_decision(folder, model):
         assert terminal.exit_code() == 0
     finally:
         terminal.close()
+
+
+def test_a_second_program_on_the_same_file_is_refused_before_it_loads_a_model(folder, model):
+    flags = ("--reward", f"{folder / 'reward.py'}:length")
+    with lock_pairs(folder / "pairs.jsonl"):
+        result = run(*arguments(folder, model, *flags))
+        assert result.exit_code == 1
+        assert "pairs.jsonl: another program is collecting into it" in result.output
+        assert "Loading" not in result.output
+    assert not list(folder.glob("*pairs*"))
+    assert run(*arguments(folder, model, *flags)).exit_code == 0
+    assert not (folder / ".pairs.jsonl.lock").exists()
+
+
+def test_a_folder_for_pairs_is_made_only_for_rows(tmp_path):
+    path = tmp_path / "new" / "pairs.jsonl"
+    with lock_pairs(path):
+        pass
+    assert not path.parent.exists()
+    with lock_pairs(path):
+        path.write_text("{}\n")
+    assert [file.name for file in path.parent.iterdir()] == ["pairs.jsonl"]
+    with pytest.raises(DataError, match=r"`\.jsonl`"), lock_pairs(tmp_path / "x" / "pairs.csv"):
+        pass
+    assert not (tmp_path / "x").exists()
 
 
 def test_prompts_are_typed_if_no_file_is_given(folder, model):

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.output import echo
 from mlx_dpo.errors import ModelError
@@ -18,10 +20,16 @@ if TYPE_CHECKING:
 
 
 def open_pairs_file(output: str) -> "PairsFile":
-    """Open the file of pairs, and print what was repaired."""
-    from mlx_dpo.collect.pairs_file import PairsFile
+    """Open the file of pairs until the command ends, and print what was repaired.
 
-    pairs_file = PairsFile(Path(output).expanduser())
+    Raises:
+        DataError: another program collects into the file, or it cannot be read or written.
+    """
+    from mlx_dpo.collect.pairs_file import PairsFile, lock_pairs
+
+    path = Path(output).expanduser()
+    click.get_current_context().with_resource(lock_pairs(path))
+    pairs_file = PairsFile(path)
     for note in pairs_file.notes:
         echo(note, err=True)
     return pairs_file
