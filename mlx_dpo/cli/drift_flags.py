@@ -42,8 +42,8 @@ def drift_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--drift",
             is_flag=True,
-            help="Report how far training moved the model: KL divergence, perplexity and form of "
-            "its answers, refusals of prompts that it must answer or must refuse.",
+            help="Report how far training moved the model: KL divergence, perplexity, length and "
+            "repetition of its answers, refusals of prompts that it must answer or must refuse.",
         ),
     ):
         command = decorate(command)
