@@ -141,6 +141,16 @@ def add_bos_token(folder: Path) -> Path:
     return folder
 
 
+def leave_out_system_messages(folder: Path) -> Path:
+    """Let the chat template of a checkpoint write no system messages; returns `folder`."""
+    path = folder / "chat_template.jinja"
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("<|{{", "{%- if message.role != 'system' -%}<|{{")
+    text = text.replace("{%- endfor -%}", "{%- endif -%}{%- endfor -%}")
+    path.write_text(text, encoding="utf-8")
+    return folder
+
+
 def _config(hidden: int, tied: bool, dtype: mx.Dtype) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -16,7 +16,6 @@ from mlx_dpo.data.prompts import (
     prepend_system_prompt,
     read_prompts,
 )
-from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import NO_VERDICT, check_verdicts
 from mlx_dpo.evaluation.rewards import (
     LOSS,
@@ -26,13 +25,16 @@ from mlx_dpo.evaluation.rewards import (
     Ranking,
     common_score,
 )
-from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.generation.responder import Responder
 from mlx_dpo.openai_client.address import is_address
 from mlx_dpo.openai_client.connection import Connection
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
-from mlx_dpo.saved_runs.respond import ModelResponder, open_any_responder, open_responder
+from mlx_dpo.saved_runs.respond import (
+    check_system_prompt,
+    open_any_responder,
+    open_responder,
+)
 
 Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LENGTH_RIDGE = 1.0  # ridge penalty on the weight of the length, in units of its standard deviation
@@ -312,18 +314,8 @@ def _with_system_prompt(
     Raises:
         ConfigError: the chat template leaves out system messages.
     """
-    changed = [prepend_system_prompt(prompt, system) for prompt in prompts]
-    if isinstance(opponent, ModelResponder):
-        tokenizer = opponent.base.tokenizer
-        before, after = (
-            encode_prompt(tokenizer, prompt.messages) for prompt in (prompts[0], changed[0])
-        )
-        if before == after:
-            raise ConfigError(
-                f"{opponent.base.source}: its chat template leaves out system messages, so "
-                "`against_system` has no effect"
-            )
-    return changed
+    check_system_prompt(opponent, prompts[0], system, "against_system")
+    return [prepend_system_prompt(prompt, system) for prompt in prompts]
 
 
 def _answer_texts(policy: Responder, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import SEEDS, Sampling
-from mlx_dpo.data.prompts import Prompt
+from mlx_dpo.data.prompts import Prompt, prepend_system_prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.batch import (
     GeneratedText,
@@ -180,6 +180,30 @@ def open_untrained_responder(config: DPOConfig) -> ModelResponder:
 def _check_chat_template(base: LoadedModel) -> None:
     if not base.tokenizer.has_chat_template:
         raise ConfigError(f"{base.source}: its tokenizer has no chat template; use a chat model")
+
+
+def check_system_prompt(responder: Responder, prompt: Prompt, system: str, name: str) -> None:
+    """Raise `ConfigError` if the model's chat template leaves out a system prompt.
+
+    The templates of models at addresses are not known.
+
+    Args:
+        responder: what answers the prompt.
+        prompt: a prompt without the system prompt.
+        system: the system prompt.
+        name: of the setting, for the error.
+    """
+    if not isinstance(responder, ModelResponder):
+        return
+    before, after = (
+        encode_prompt(responder.base.tokenizer, given.messages, thinking=responder.thinking)
+        for given in (prompt, prepend_system_prompt(prompt, system))
+    )
+    if before == after:
+        raise ConfigError(
+            f"{responder.base.source}: its chat template leaves out system messages, so `{name}` "
+            "has no effect"
+        )
 
 
 def derive_seed(seed: int, chunk: int, position: int) -> int:

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.collect.principles.principle_set import default_principles
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import leave_out_system_messages, make_checkpoint
 
 PRINCIPLES = "An answer is kind.\nAn answer is short.\n"
 REWARD = "def vowels(prompt, answer):\n    return sum(letter in 'aeiou' for letter in answer)\n"
@@ -101,6 +101,15 @@ def test_pairs_by_system_prompts_are_stored_without_them(folder, model):
         for verdict in ("worse", "no better")
     }
     assert 0 < len(rows(folder / "judged.jsonl")) < 18
+
+
+def test_a_template_without_system_messages_is_refused(folder):
+    """Both answers would be to the same prompt, and the better one a matter of chance."""
+    model = leave_out_system_messages(make_checkpoint(folder / "base"))
+    result = run(folder, str(model), "--system-chosen", "Be kind.")
+    assert result.exit_code == 1
+    assert "its chat template leaves out system messages, so `system_chosen`" in result.stderr
+    assert rows(folder / "pairs.jsonl") == []
 
 
 def test_the_model_is_its_own_judge_and_says_so(folder, model):

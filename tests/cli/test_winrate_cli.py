@@ -8,7 +8,7 @@ from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.evaluation.winrate import wilson_interval
 from mlx_dpo.generation.batch import generate_batch
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import leave_out_system_messages, make_checkpoint
 
 REWARD = """\
 def length(prompt, answer):
@@ -200,14 +200,7 @@ def test_a_wrong_system_prompt_is_one_line(folder, system, message):
 
 
 def test_a_template_without_system_messages_is_refused(folder, tmp_path):
-    base = make_checkpoint(tmp_path / "base")
-    template = base / "chat_template.jinja"
-    text = template.read_text()
-    template.write_text(
-        text.replace("<|{{", "{%- if message.role != 'system' -%}<|{{").replace(
-            "{%- endfor -%}", "{%- endif -%}{%- endfor -%}"
-        )
-    )
+    base = leave_out_system_messages(make_checkpoint(tmp_path / "base"))
     against = ("--against", str(base), "--against-system", "Be a cat.")
     result = run(folder, *reward(folder), *GREEDY, *against)
     assert result.exit_code == 1

@@ -264,6 +264,7 @@ def _read_systems(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
     """Read the system prompts; the returned function opens the judge, if there is one."""
     from mlx_dpo.collect.system_contrast import SystemContrast, SystemPrompts
     from mlx_dpo.evaluation.judge import open_judge
+    from mlx_dpo.saved_runs.respond import check_system_prompt
 
     systems = SystemPrompts(
         read_system_prompt(flags.system_chosen or "", "system_chosen"),
@@ -275,6 +276,12 @@ def _read_systems(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
     def open_method(
         responder: "Responder", prompts: "list[Prompt]"
     ) -> "tuple[AnswerSampler, PairRule, Judge | None]":
+        for name, system in (
+            ("system_chosen", systems.chosen),
+            ("system_rejected", systems.rejected),
+        ):
+            if system is not None:
+                check_system_prompt(responder, prompts[0], system, name)
         print_responder_notes(responder, systems.apply(prompts), sampling.max_tokens)
         judge = open_judge(*flags.judging) if flags.judging.is_given else None
         return SystemContrast(responder, sampling, systems), systems.rule, judge
