@@ -123,8 +123,9 @@ def resolve_stages(
         names = names or earlier.names
     if not names:
         if first:
-            flag = next((f for f in stage_flags), SFT).replace("_", "-")
-            raise ConfigError(f"`--{flag}` has no effect without --stages sft,dpo")
+            typed_flag = next(iter(stage_flags), "").replace("_", "-")
+            name = f"--{typed_flag}" if typed_flag else SFT
+            raise ConfigError(f"`{name}` has no effect without --stages sft,dpo")
         return None
     check_none_missing(ctx, values, flags)
     if not values.get("output"):

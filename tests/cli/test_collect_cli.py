@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
+from mlx_dpo.cli.collect.results import print_responder_notes
 from mlx_dpo.collect.pairs_file import lock_pairs
 from mlx_dpo.errors import DataError
 from mlx_dpo.paths import tiny_chat
@@ -146,6 +147,17 @@ def test_a_folder_for_pairs_is_made_only_for_rows(tmp_path):
     with pytest.raises(DataError, match=r"`\.jsonl`"), lock_pairs(tmp_path / "x" / "pairs.csv"):
         pass
     assert not (tmp_path / "x").exists()
+
+
+def test_a_note_on_two_models_is_printed_once(capsys):
+    class Noted:
+        notes = ("old tokenizer",)
+
+        def clip_note(self, prompts, max_tokens):
+            return f"short context for {max_tokens}"
+
+    print_responder_notes([Noted(), Noted()], [], 7)
+    assert capsys.readouterr().err == "old tokenizer\nshort context for 7\n"
 
 
 def test_prompts_are_typed_if_no_file_is_given(folder, model):

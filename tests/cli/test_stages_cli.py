@@ -114,6 +114,22 @@ def test_flags_that_contradict_stages_are_an_error_of_one_line(words, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("sft: {epochs: 1}", "`sft` has no effect without --stages sft,dpo"),
+        ("stages: [sft, dpo]\nsft: {pairs: 5}", "stage `sft`: `pairs` names files and datasets"),
+        ("stages: [sft, dpo]\nsft: 5", "`sft` must be settings of the stage `sft`, got 5"),
+        ("stages: 5", "`stages` must be sft,dpo, got 5"),
+    ],
+)
+def test_wrong_settings_of_stages_in_yaml_are_an_error_of_one_line(tmp_path, settings, message):
+    (tmp_path / "c.yaml").write_text(f"model: m\npairs: p.jsonl\noutput: run\n{settings}\n")
+    result = run("train", "--config", tmp_path / "c.yaml")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {message}")
+
+
 def start(folder, *words):
     command = [*PROGRAM, *map(str, words), "-o", str(folder), "--resume"]
     environment = os.environ | {"MLX_DPO_CACHE": str(folder.parent / "cache")}

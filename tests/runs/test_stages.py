@@ -174,9 +174,14 @@ def test_the_second_stage_may_be_any_loss_of_preferences(values):
         (("sft", "sft"), {"beta": None}, {}, "with a loss of preferences"),
         (("sft", "simp"), {}, {}, "unknown loss `simp`"),
         (("sft", "ipo"), {"loss_type": ["ipo"]}, {}, "no effect with the stage `ipo`"),
-        (("sft", "dpo"), {}, {"beta": 1.0}, "`beta` has no effect with loss_type `sft`"),
+        (
+            ("sft", "dpo"),
+            {},
+            {"beta": 1.0},
+            "stage `sft`: `beta` has no effect with loss_type `sft`",
+        ),
         (("sft", "dpo"), {}, {"output": "x"}, "`output` cannot be set for the stage `sft`"),
-        (("sft", "dpo"), {}, {"lr": 1}, "unknown setting `lr`"),
+        (("sft", "dpo"), {}, {"lr": 1}, "stage `sft`: unknown setting `lr`"),
     ],
 )
 def test_stages_that_cannot_be_trained_are_refused_before_anything_is_written(

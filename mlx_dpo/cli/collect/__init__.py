@@ -180,8 +180,7 @@ def _open_sampler(
     from mlx_dpo.data.prompts import add_system_prompt
 
     responders = open_responders(runs, model)
-    for responder in responders:
-        print_responder_notes(responder, prompts, plan.samplings[0].max_tokens)
+    print_responder_notes(responders, prompts, plan.samplings[0].max_tokens)
     system = responders[0].system
     if len({responder.system for responder in responders}) > 1:
         used = "no system message" if system is None else f"the system message {system}"

@@ -244,7 +244,7 @@ def _read_principles(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
     def open_method(
         responder: "Responder", prompts: "list[Prompt]"
     ) -> "tuple[AnswerSampler, PairRule, Judge | None]":
-        print_responder_notes(responder, prompts, sampling.max_tokens)
+        print_responder_notes([responder], prompts, sampling.max_tokens)
         critic = None
         if flags.critic is not None:
             connection = flags.judging.connection
@@ -282,7 +282,7 @@ def _read_systems(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
         ):
             if system is not None:
                 check_system_prompt(responder, prompts[0], system, name)
-        print_responder_notes(responder, systems.apply(prompts), sampling.max_tokens)
+        print_responder_notes([responder], systems.apply(prompts), sampling.max_tokens)
         judge = open_judge(*flags.judging) if flags.judging.is_given else None
         return SystemContrast(responder, sampling, systems), systems.rule, judge
 
@@ -302,8 +302,7 @@ def _name_teacher(flags: ContrastiveFlags, sampling: Sampling) -> Opener:
         responder: "Responder", prompts: "list[Prompt]"
     ) -> "tuple[AnswerSampler, PairRule, Judge | None]":
         teacher = open_any_responder(spec, flags.judging.connection, sends=SENT_TO_TEACHER)
-        for model in (responder, teacher):
-            print_responder_notes(model, prompts, sampling.max_tokens)
+        print_responder_notes([responder, teacher], prompts, sampling.max_tokens)
         judge = open_judge(*flags.judging) if flags.judging.is_given else None
         return TeacherContrast(responder, teacher, sampling), TEACHER_RULE, judge
 

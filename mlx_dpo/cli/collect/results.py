@@ -1,7 +1,7 @@
 """Output that all kinds of `mlx-dpo collect` share: repaired files, progress, and the summary."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +35,16 @@ def open_pairs_file(output: str) -> "PairsFile":
     return pairs_file
 
 
-def print_responder_notes(responder: "Responder", prompts: "list[Prompt]", max_tokens: int) -> None:
-    """Print the notes of loading a model, and a note if its context is short for its answers."""
-    for note in (*responder.notes, responder.clip_note(prompts, max_tokens)):
+def print_responder_notes(
+    responders: "Sequence[Responder]", prompts: "list[Prompt]", max_tokens: int
+) -> None:
+    """Print the notes of loading models, and if a context is short for answers; each note once."""
+    notes = [
+        note
+        for responder in responders
+        for note in (*responder.notes, responder.clip_note(prompts, max_tokens))
+    ]
+    for note in dict.fromkeys(notes):
         if note is not None:
             echo(note, err=True)
 

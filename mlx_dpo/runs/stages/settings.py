@@ -68,12 +68,15 @@ class StageSettings:
         others = {key: v for key, v in self.values.items() if key not in LAST_ONLY}
         if "pairs" in self.first:
             others = {key: v for key, v in others.items() if key not in OF_PAIRS}
-        check_setting_names(self.first)
         for key in ("loss_type", "output", "model"):
             if key in self.first:
                 raise ConfigError(f"`{key}` cannot be set for the stage `{SFT}`")
         first = others | dict(self.first) | {"loss_type": (SFT,), "output": folders[SFT]}
-        tuning = DPOConfig.from_dict(first)
+        try:
+            check_setting_names(self.first)
+            tuning = DPOConfig.from_dict(first)
+        except ConfigError as error:
+            raise ConfigError(f"stage `{SFT}`: {error}") from error
         values = dict(self.values) | last | {"output": folders[name]}
         for first_only in ("start_adapter", "assistant_turns"):
             values.pop(first_only, None)
