@@ -140,6 +140,9 @@ class ApiClient:
             try:
                 reply = await self._attempt(client, body)
             except TransientError as error:
+                # A cancelled read may end as an error of the connection; a retry would go on.
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise asyncio.CancelledError from error
                 if attempt == ATTEMPTS:
                     return self._give_up(error)
                 self._connection.counts.add(retries=1)

@@ -16,7 +16,7 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.openai_client import client as client_module
 from mlx_dpo.openai_client.client import ApiClient
 from mlx_dpo.openai_client.connection import Connection
-from mlx_dpo.openai_client.reply import MAX_REPLY_BYTES, parse_reply, retry_after
+from mlx_dpo.openai_client.reply import MAX_REPLY_BYTES, TransientError, parse_reply, retry_after
 from tests.openai_client.fake_server import completion, echo, fake_server
 
 OK = completion("fine")
@@ -369,3 +369,28 @@ def test_requests_work_inside_a_running_event_loop():
     with fake_server(OK) as server:
         texts, _, error = asyncio.run(cell(server))
     assert (texts, error) == ({0: "fine"}, None)
+
+
+def test_a_cancelled_request_that_ends_as_an_error_is_not_repeated(monkeypatch):
+    """A connection may report a cancelled read as an error of its own."""
+    attempts = []
+
+    async def attempt(self, client, content):
+        attempts.append(content)
+        assert len(attempts) == 1, "the request was repeated"
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise TransientError("the connection was closed") from None
+
+    async def cancel_one():
+        connection = Connection()
+        client = ApiClient(connection.open("http://127.0.0.1:1/v1#m"), connection)
+        task = asyncio.create_task(client._complete(None, body()))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    monkeypatch.setattr(ApiClient, "_attempt", attempt)
+    asyncio.run(cancel_one())
