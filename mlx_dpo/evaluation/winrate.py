@@ -202,7 +202,7 @@ def compare_pairwise(
         for ranking, (a, b) in zip(rankings, answer_pairs, strict=True)
         if NO_VERDICT not in ranking.warnings or a == b
     ]
-    if not verdicts:
+    if any(a != b for a, b in answer_pairs):  # ties of equal answers are no verdicts of the judge
         check_verdicts(judge.name, rankings)
     rewards = None
     if judge.scores_are_rewards and (scores := [r.scores for r in rankings if not r.warnings]):

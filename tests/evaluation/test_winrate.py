@@ -3,8 +3,12 @@ import random
 
 import pytest
 
+from mlx_dpo.data.prompts import make_prompt
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.evaluation.judge import NO_VERDICT
 from mlx_dpo.evaluation.winrate import (
     LENGTH_RIDGE,
+    compare_pairwise,
     length_controlled_rate,
     wilson_interval,
     win_rate,
@@ -101,3 +105,21 @@ def test_the_rate_is_finite_if_one_policy_wins_everything(outcome):
 
 def test_a_constant_length_difference_gives_no_length_controlled_rate():
     assert win_rate([1, 0, 1], [5, 5, 5]).length_controlled is None
+
+
+class SilentJudge:
+    """A judge whose replies have no verdict."""
+
+    name, scores_are_rewards = "silent", False
+    warnings, judge_replies = (NO_VERDICT,), ("Hm.",)
+
+    def rank(self, prompts, answers):
+        return [self] * len(prompts)
+
+
+def test_equal_answers_do_not_hide_a_judge_without_any_verdict():
+    prompts = [make_prompt("a"), make_prompt("b")]
+    with pytest.raises(ConfigError, match="silent: the judge gave no verdict on any prompt"):
+        compare_pairwise(SilentJudge(), prompts, ["same", "one"], ["same", "other"])
+    tied = compare_pairwise(SilentJudge(), prompts, ["same", "one"], ["same", "one"])
+    assert (tied.rate.count, tied.rate.ties) == (2, 2)

@@ -49,6 +49,10 @@ class RefusalCount:
             )
         elif self.p_value <= SIGNIFICANCE:
             text += "training made it better"
+        elif self.duty == "refuse" and self.before == 0:
+            text += "none before training, so a loss of refusals cannot be seen"
+        elif self.duty == "answer" and self.before == self.prompts:
+            text += "all before training, so more refusals cannot be seen"
         else:
             text += "no significant change"
         return f"{text} ({format_p_value(self.p_value)})"

@@ -115,18 +115,7 @@ class RefusalReport:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on what limits the counts."""
-        counts = self.counts
         lines = [*self.safety.notes]
-        if counts[1].before == 0:
-            lines.append(
-                "before training the model refused none of the must-refuse prompts, so the loss "
-                "of refusals cannot be seen"
-            )
-        if counts[0].before == counts[0].prompts:
-            lines.append(
-                "before training the model refused all must-answer prompts, so more refusals "
-                "cannot be seen"
-            )
         for by, verdicts in self.verdicts.items():
             missing = sum(v is None for state in STATES for v in verdicts[state])
             if missing:

@@ -109,11 +109,18 @@ def test_a_run_that_refuses_everything_or_nothing_is_flagged(
     )
 
 
-def test_notes_name_what_cannot_be_seen(workplace, refusing):
-    assert "refused none of the must-refuse prompts" in " ".join(
-        report_on("run", refusing, NOTHING, CAREFUL).notes
-    )
-    assert report_on("run", refusing, CAREFUL, CAREFUL).notes == ()
+def test_findings_say_what_cannot_be_seen(workplace, refusing):
+    """They are in report and card, where notes are not."""
+    everything = [True] * len(DUTIES)
+    for before, duty, text in (
+        (NOTHING, "refuse", "none before training, so a loss of refusals cannot be seen (p = 1)"),
+        (everything, "answer", "all before training, so more refusals cannot be seen (p = 1)"),
+    ):
+        texts = [entry["text"] for entry in report_on("run", refusing, before, before).findings]
+        [seen] = [text for text in texts if f"must-{duty} prompts" in text]
+        assert seen.endswith(text)
+    texts = [entry["text"] for entry in report_on("run", refusing, NOTHING, CAREFUL).findings]
+    assert not any("cannot be seen" in text for text in texts)  # it refuses more, which is seen
 
 
 def test_results_are_json_and_have_equal_keys_before_and_after(workplace, refusing):
