@@ -51,8 +51,8 @@ def lock_pairs(path: Path) -> Iterator[None]:
             lock_file(file, wait=False, risk=LOCK_RISK)
         except BlockingIOError:
             raise DataError(
-                f"{path}: another program is collecting into it; wait for it, or choose another "
-                "file"
+                f"{path}: another program is writing decisions to it; wait for it, or choose "
+                "another file"
             ) from None
         try:
             yield

@@ -129,7 +129,7 @@ def test_a_second_program_on_the_same_file_is_refused_before_it_loads_a_model(fo
     with lock_pairs(folder / "pairs.jsonl"):
         result = run(*arguments(folder, model, *flags))
         assert result.exit_code == 1
-        assert "pairs.jsonl: another program is collecting into it" in result.output
+        assert "pairs.jsonl: another program is writing decisions to it" in result.output
         assert "Loading" not in result.output
     assert not list(folder.glob("*pairs*"))
     assert run(*arguments(folder, model, *flags)).exit_code == 0
