@@ -59,9 +59,10 @@ def _preference_texts(row: MetricsRow, prefix: str, form: str) -> list[str]:
     """Return margin and accuracy as texts, or the token accuracy of instruction tuning."""
     if (key := prefix + TOKEN_ACCURACY) in row:
         return [f"token accuracy {row[key]:{form}}"]
+    accuracy = _format_accuracy(row, prefix, form)
     return [
         f"margin {_format_metric(row, f'{prefix}rewards/margins', '+.3f')}",
-        f"accuracy {_format_accuracy(row, prefix, form):>4}",
+        f"accuracy {accuracy if prefix else accuracy.rjust(4)}",  # steps stand in columns
     ]
 
 
