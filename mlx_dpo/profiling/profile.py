@@ -6,6 +6,7 @@ the measurements are extrapolated to all layers. Layers run one after another an
 as much as the next, so peak memory is linear in the number of layers.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -169,6 +170,7 @@ def _profile_pass(
 
     If the model does not run on a few layers, all layers are measured.
     """
+    gc.collect()  # arrays in reference cycles that are freed meanwhile would lower the peak
     try:
         subsets = choose_layer_subsets(policy)
         return _extrapolate_layers(policy, subsets, pairs, run, memory, repeats)

@@ -1,5 +1,7 @@
 """Profiles of a few layers against those of the whole model."""
 
+import gc
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
@@ -15,6 +17,7 @@ from mlx_dpo.profiling.profile import (
     TrainingPass,
     Usage,
     extrapolate_from_short_texts,
+    profile_inference_pass,
     profile_training_pass,
     shorten_pairs,
 )
@@ -158,3 +161,28 @@ def test_memory_is_unknown_if_not_even_short_texts_fit():
         return PassProfile(fixed=Usage(1, 0), per_layer=Usage(1, 0), num_layers=1, text_share=0.25)
 
     assert extrapolate_from_short_texts(measure, [TokenizedPair((1,), (2,), (3,))]) is None
+
+
+def test_garbage_that_is_collected_meanwhile_does_not_count(policy, pairs):
+    """Arrays in a reference cycle, which the last of the measured passes would free."""
+    calls = []
+
+    def score(pairs):
+        calls.append(pairs)
+        if len(calls) == 2 * count:
+            gc.collect()
+        return mx.ones((1000, 1000)) + 1
+
+    count = -1  # calls of a profile
+    clean = profile_inference_pass(policy, pairs, score, memory=ROOM).bytes
+    count = len(calls)
+    gc.disable()  # only `score` and what is tested collect
+    try:
+        cycle = [mx.zeros((3000, 1000))]
+        cycle.append(cycle)
+        mx.eval(cycle[0])
+        del cycle
+        found = profile_inference_pass(policy, pairs, score, memory=ROOM).bytes
+    finally:
+        gc.enable()
+    assert found == clean >= 4_000_000
