@@ -104,7 +104,6 @@ def winrate(
 
     from mlx_dpo.evaluation.judge import open_judge
     from mlx_dpo.evaluation.winrate import compare_policies
-    from mlx_dpo.reporting.terminal.console import make_console
 
     opened_judge = open_judge(reward, judge, rubric, connection)
     comparison = compare_policies(
@@ -116,6 +115,17 @@ def winrate(
         against_system=system,
         connection=connection,
     )
+    facts = {"run": run, "against": against, "against_system": system}
+    facts |= opened_judge.provenance()
+    _print_comparison(comparison, _describe(against, system), facts if as_json else None)
+
+
+def _print_comparison(
+    comparison: "PairwiseComparison", opponent: str, facts: dict[str, Any] | None
+) -> None:
+    """Print notes and a table; with `facts`, one JSON object that begins with them instead."""
+    from mlx_dpo.reporting.terminal.console import make_console
+
     for note in comparison.notes:
         echo(note, err=True)
     if (score := comparison.common_reward) is not None:
@@ -124,11 +134,10 @@ def winrate(
             "nothing; use another reward or other prompts",
             err=True,
         )
-    if as_json:
-        facts = {"run": run, "against": against, "against_system": system}
-        echo_json(facts | opened_judge.provenance() | comparison.to_dict())
-        return
-    make_console().print(_table(comparison, _describe(against, system)))
+    if facts is None:
+        make_console().print(_table(comparison, opponent))
+    else:
+        echo_json(facts | comparison.to_dict())
 
 
 def _describe(against: str | None, system: str | None) -> str:
