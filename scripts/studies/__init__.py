@@ -1,0 +1,20 @@
+"""Studies: published results about preference optimization, reproduced on small models.
+
+    python -m scripts.studies.optimum             a study: rows, claims and their values
+    python -m scripts.studies.optimum --quick     one seed and fewer settings, under a minute
+
+`NAMES` lists them in the order of docs/evidence.md. Each module has a `STUDY`.
+"""
+
+from importlib import import_module
+
+from scripts.studies.reporting.study import Study
+
+NAMES = ("optimum",)
+
+
+def load_study(name: str) -> Study:
+    """Import a study by name."""
+    study = import_module(f"scripts.studies.{name}").STUDY
+    assert isinstance(study, Study)
+    return study

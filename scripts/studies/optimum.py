@@ -1,0 +1,172 @@
+"""DPO reaches the policy that is optimal for the known reward.
+
+python -m scripts.studies.optimum [--quick]
+"""
+
+from collections.abc import Iterator
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+
+from mlx_dpo import load_policy
+from scripts.studies.reporting.command import main
+from scripts.studies.reporting.study import Claim, Row, Rows, Scale, Study, column
+from scripts.studies.toy.base import make_base
+from scripts.studies.toy.exact import (
+    all_answer_logps,
+    explained_variance,
+    normalize,
+    optimal_policy,
+    total_variation,
+)
+from scripts.studies.toy.train import train
+from scripts.studies.toy.words import Words
+
+VOCABULARY = Words(("red", "blue", "green", "sky", "sea", "leaf"))
+PROMPTS = ("sky", "sea", "leaf")
+# Answers that begin other answers: only the log-prob of the end distinguishes them.
+ANSWERS = ("red", "red blue", "red blue green", "blue", "green red", "green green")
+BETAS, QUICK_BETAS = (0.05, 0.1, 0.5, 1.0), (0.05, 1.0)
+STEPS, RATE = 250, 3e-3
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    """Write a base model that gives the answers with uneven probabilities."""
+    shares = np.random.default_rng(seed).dirichlet(np.full(len(ANSWERS), 3.0), len(PROMPTS))
+    answers = {
+        prompt: dict(zip(ANSWERS, map(float, row), strict=True))
+        for prompt, row in zip(PROMPTS, shares, strict=True)
+    }
+    return make_base(folder / f"base-{seed}", VOCABULARY, answers, seed=seed)
+
+
+def draw_rewards(seed: int) -> np.ndarray:
+    """Return the known reward of each answer to each prompt, from -1 to 1. (prompts, answers)"""
+    return np.random.default_rng(100 + seed).uniform(-1, 1, (len(PROMPTS), len(ANSWERS)))
+
+
+def expected_pairs(rewards: np.ndarray) -> Iterator[Row]:
+    """Yield every ordered pair of answers once, weighted by its Bradley-Terry probability.
+
+    The mean loss of these rows is the expected loss of sampled labels:
+    p(w is preferred to l) = sigmoid(r(w) - r(l)).
+    """
+    for prompt, values in zip(PROMPTS, rewards, strict=True):
+        for chosen, rejected in permutations(range(len(ANSWERS)), 2):
+            yield {
+                "prompt": prompt,
+                "chosen": ANSWERS[chosen],
+                "rejected": ANSWERS[rejected],
+                "probability": float(1 / (1 + np.exp(values[rejected] - values[chosen]))),
+            }
+
+
+def run(scale: Scale) -> Iterator[Row]:
+    """Train a policy per seed and β; yield a row per prompt and answer."""
+    for seed in scale.seeds:
+        model = make_model(scale.folder, seed)
+        base = load_policy(None, model=str(model)).model
+        reference = all_answer_logps(base, VOCABULARY, PROMPTS, ANSWERS)
+        rewards = draw_rewards(seed)
+        pairs = list(expected_pairs(rewards))
+        for beta in QUICK_BETAS if scale.quick else BETAS:
+            policy = train(
+                model,
+                pairs,
+                scale.folder / f"run-{seed}-{beta}",
+                beta=beta,
+                weight_column="probability",
+                batch_size=len(pairs),
+                micro_batch_size=len(pairs),
+                max_steps=STEPS,
+                learning_rate=RATE,
+                lr_scheduler_type="cosine",
+                seed=seed,
+            )
+            logps = all_answer_logps(policy, VOCABULARY, PROMPTS, ANSWERS)
+            for (prompt, answer), reward in np.ndenumerate(rewards):
+                yield {
+                    "seed": seed,
+                    "beta": beta,
+                    "prompt": PROMPTS[prompt],
+                    "answer": ANSWERS[answer],
+                    "reward": float(reward),
+                    "reference_logp": float(reference[prompt, answer]),
+                    "logp": float(logps[prompt, answer]),
+                }
+
+
+def by_prompt(rows: Rows) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield β, the rewards, and the reference's and policy's log-probs of each prompt and β."""
+    for start in range(0, len(rows), len(ANSWERS)):
+        group = rows[start : start + len(ANSWERS)]
+        values = (np.array(column(group, n)) for n in ("reward", "reference_logp", "logp"))
+        yield float(group[0]["beta"]), *values
+
+
+def largest_distance(rows: Rows) -> float:
+    """Return the largest total variation distance between policy and π* on the answers."""
+    return max(
+        float(total_variation(normalize(logps), optimal_policy(reference, rewards, beta)))
+        for beta, rewards, reference, logps in by_prompt(rows)
+    )
+
+
+def smallest_r2(rows: Rows) -> float:
+    """Return the smallest R² of the implicit reward β log(π / π_ref) as the known reward."""
+    return min(
+        explained_variance(beta * (logps - reference), rewards)
+        for beta, rewards, reference, logps in by_prompt(rows)
+    )
+
+
+def smallest_mass(rows: Rows) -> float:
+    """Return the smallest total probability of the compared answers."""
+    return min(float(np.exp(logps).sum()) for *_, logps in by_prompt(rows))
+
+
+STUDY = Study(
+    name="optimum",
+    title="DPO reaches the optimal policy",
+    question=(
+        "The policy that maximises reward minus β times the KL divergence is "
+        "π\\*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β), and DPO's loss has its minimum there if labels "
+        "follow the Bradley–Terry model. Does training arrive at it?"
+    ),
+    setup=(
+        "A Llama of 2 layers and 32 dimensions whose tokens are words, tuned to give six answers "
+        "of one to three words to each of three prompts. Every ordered pair of answers is a row, "
+        "weighted by its Bradley–Terry probability under a known reward between −1 and 1, so that "
+        "the loss is the expected one. Full fine-tuning, 250 steps of all 90 rows. Log-probs of "
+        "all answers are computed from logits in float64."
+    ),
+    run=run,
+    claims=(
+        Claim(
+            name="total_variation",
+            text="Total variation between the trained policy and π\\*, the largest of all prompts "
+            "and β",
+            source="Rafailov et al. 2023, Eq. 4",
+            measure=largest_distance,
+            below=0.01,
+        ),
+        Claim(
+            name="implicit_reward",
+            text="R² of β log(π/π_ref) as the known reward up to a constant, with slope 1, the "
+            "smallest of all prompts and β",
+            source="Rafailov et al. 2023, Eq. 5",
+            measure=smallest_r2,
+            above=0.999,
+        ),
+    ),
+    deviations=(
+        "The loss depends on differences of log-ratios only, so that it does not determine the "
+        "total probability of the compared answers; π is normalised over them before it is "
+        "compared with π\\*.",
+    ),
+    sources=("Rafailov et al. 2023, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)",),
+)
+
+if __name__ == "__main__":
+    main(STUDY)

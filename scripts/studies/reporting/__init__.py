@@ -1,0 +1,1 @@
+"""What all studies share: claims with bounds, the command line, CSV rows and figures."""

@@ -1,0 +1,123 @@
+"""Compute exact log-probs and distributions of all answers that a toy model can give.
+
+Everything here is computed from the model's logits in float64, without the package's scorers.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from scripts.studies.toy.words import END, Words
+
+ROWS_PER_PASS = 1024
+OTHER = "…"  # all answers that are not listed: longer ones, and ones with special tokens
+
+
+def next_token_logps(model: nn.Module, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return the log-probs of the token after each sequence, in float64. (N, V)
+
+    All sequences must have the same length.
+    """
+    tokens, parts = np.array(sequences, np.int32), []
+    for start in range(0, len(tokens), ROWS_PER_PASS):
+        logits = model(mx.array(tokens[start : start + ROWS_PER_PASS]))[:, -1]
+        parts.append(np.array(logits.astype(mx.float32), np.float64))
+    values = np.concatenate(parts)
+    values -= values.max(axis=-1, keepdims=True)
+    return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+
+
+def answer_logps(
+    model: nn.Module, vocabulary: Words, prompt: str, answers: Sequence[str]
+) -> np.ndarray:
+    """Return log π(y|x) of each answer, its end included, in nats. (len(answers),)"""
+    sums = np.zeros(len(answers))
+    ids = [vocabulary.answer_ids(answer) for answer in answers]
+    start = vocabulary.prompt_ids(prompt)
+    for length in range(max(map(len, ids))):
+        longer = [index for index, tokens in enumerate(ids) if len(tokens) > length]
+        logps = next_token_logps(model, [start + ids[index][:length] for index in longer])
+        for index, row in zip(longer, logps, strict=True):
+            sums[index] += row[ids[index][length]]
+    return sums
+
+
+def all_answer_logps(
+    model: nn.Module, vocabulary: Words, prompts: Sequence[str], answers: Sequence[str]
+) -> np.ndarray:
+    """Return log π(y|x) of each answer to each prompt. (prompts, answers)"""
+    return np.stack([answer_logps(model, vocabulary, prompt, answers) for prompt in prompts])
+
+
+class AnswerSpace:
+    """All answers of one word up to `longest` words from `words`, and one for all others."""
+
+    def __init__(self, vocabulary: Words, words: Sequence[str], longest: int) -> None:
+        self.vocabulary = vocabulary
+        self.words = tuple(words)
+        self.longest = longest
+        self.answers = [
+            *(
+                " ".join(choice)
+                for n in range(1, longest + 1)
+                for choice in product(words, repeat=n)
+            ),
+            OTHER,
+        ]
+        self.index = {answer: index for index, answer in enumerate(self.answers)}
+
+    def logps(self, model: nn.Module, prompt: str, *, system: str | None = None) -> np.ndarray:
+        """Return log π(y|x) of every answer, in the order of `answers`, in nats. They sum to one.
+
+        The last one is the log-prob of giving none of the listed answers.
+        """
+        start = self.vocabulary.prompt_ids(prompt, system)
+        ids = [self.vocabulary.ids[word] for word in self.words]
+        prefixes, sums, found = [start], np.zeros(1), []
+        for length in range(self.longest + 1):
+            logps = next_token_logps(model, prefixes)
+            if length:
+                found.append(sums + logps[:, END])
+            if length < self.longest:
+                prefixes = [[*prefix, word] for prefix in prefixes for word in ids]
+                sums = (sums[:, None] + logps[:, ids]).ravel()
+        listed = np.concatenate(found)
+        rest = max(1.0 - np.exp(listed).sum(), 1e-300)
+        return np.append(listed, np.log(rest))
+
+    def all_logps(self, model: nn.Module, prompts: Sequence[str]) -> np.ndarray:
+        """Return log π(y|x) of every answer to every prompt. (prompts, answers)"""
+        return np.stack([self.logps(model, prompt) for prompt in prompts])
+
+
+def kl_divergence(logps: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return KL(π ‖ π_ref) along the last axis, in nats."""
+    return (np.exp(logps) * (logps - reference)).sum(axis=-1)
+
+
+def total_variation(logps: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the total variation distance, half of the L1 distance, along the last axis."""
+    return 0.5 * np.abs(np.exp(logps) - np.exp(other)).sum(axis=-1)
+
+
+def normalize(logps: np.ndarray) -> np.ndarray:
+    """Return log-probs of the distribution that is proportional to exp(logps)."""
+    shifted = logps - logps.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def optimal_policy(reference: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndarray:
+    """Return log π* with π*(y|x) ∝ π_ref(y|x) exp(r(x, y) / β).
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 4.
+    """
+    return normalize(reference + rewards / beta)
+
+
+def explained_variance(values: np.ndarray, expected: np.ndarray) -> float:
+    """Return R² of `values` as a prediction of `expected` up to a constant, of slope one."""
+    error = (values - values.mean()) - (expected - expected.mean())
+    return float(1.0 - (error**2).sum() / ((expected - expected.mean()) ** 2).sum())
