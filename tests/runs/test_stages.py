@@ -126,8 +126,10 @@ def test_a_folder_of_stages_opens_the_last_finished_stage(values, tmp_path, capl
     assert has_run(str(folder))
     assert find_run(str(folder))[0].folder == folder / "sft"
     assert f"{folder}: using the stage `sft` (1 of 2, 1 finished)" in caplog.text
+    caplog.clear()
     train(make(values), resume=True)
     assert find_run(str(folder))[0].folder == folder / "dpo"
+    assert "using the stage" not in caplog.text
     assert open_any_responder(str(folder)).provenance["run"] == str(folder)
     shutil.rmtree(folder / "dpo")
     (folder / "sft" / "run.json").write_text("{}")

@@ -42,10 +42,11 @@ def _find_stage(folder: Path) -> RunPaths | None:
         )
     finished = [name for name, is_finished in begun if is_finished]
     name = finished[-1] if finished else begun[0][0]
-    notify_once(
-        f"{folder}: using the stage `{name}` ({names.index(name) + 1} of {len(names)}, "
-        f"{len(finished)} finished)"
-    )
+    if len(finished) < len(names):
+        notify_once(
+            f"{folder}: using the stage `{name}` ({names.index(name) + 1} of {len(names)}, "
+            f"{len(finished)} finished); the last stage is not finished"
+        )
     return RunPaths(folder / name)
 
 
