@@ -90,6 +90,22 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of a study, computed from its rows.
+
+    Attributes:
+        name: short name, unique in the study.
+        caption: what rows and columns are; units; n.
+        compute: function of the rows that returns the table's rows; the first one names the
+            columns, as the page shows them. Text is Markdown.
+    """
+
+    name: str
+    caption: str
+    compute: Callable[[Rows], Rows]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A study: its question, the function that measures it, and what it claims.
 
@@ -101,6 +117,7 @@ class Study:
         run: function that yields the rows; each has a column `seed`.
         claims: statements with bounds.
         pictures: figures.
+        tables: tables.
         deviations: differences from the papers, each with its reason; Markdown sentences.
         sources: papers, as Markdown.
     """
@@ -112,6 +129,7 @@ class Study:
     run: Callable[[Scale], Iterable[Row]]
     claims: Sequence[Claim]
     pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
     deviations: Sequence[str] = ()
     sources: Sequence[str] = ()
 
