@@ -46,6 +46,9 @@ def find_supervised(row: Row) -> Schema:
     for schema in SUPERVISED_SCHEMAS.values():
         if schema.fits(record):
             return schema
+    for schema in SUPERVISED_SCHEMAS.values():  # a list of another type: its schema says so
+        if any(record.get(name) is not None for name in schema.lists):
+            return schema
     names = [
         next((name for name in names if name in record), "")
         for names in (PROMPT_NAMES, ANSWER_NAMES)

@@ -99,6 +99,8 @@ def test_a_named_schema_reads_pairs_and_single_answers():
     [
         ({"messages": [USER]}, "no turn of the assistant after one of the user"),
         ({"messages": [BOT]}, "no turn of the assistant after one of the user"),
+        ({"messages": "Hi?"}, "`messages` must be a list of messages, found text"),
+        ({"conversations": "Hi?"}, "`conversations` must be a list of turns"),
         ({"text": "Once upon a time."}, "`text` does not say which part of it is the answer"),
         ({"question": "a", "answer": "b"}, "mean --column prompt=question --column completion=ans"),
         ({"prompt": "a"}, "(found `prompt`); write one of these fields"),
