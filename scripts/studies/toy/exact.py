@@ -9,6 +9,7 @@ from itertools import product
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from scripts.studies.toy.words import END, Words
 
@@ -23,11 +24,12 @@ def next_token_logps(model: nn.Module, sequences: Sequence[Sequence[int]]) -> np
     """
     tokens, parts = np.array(sequences, np.int32), []
     for start in range(0, len(tokens), ROWS_PER_PASS):
-        logits = model(mx.array(tokens[start : start + ROWS_PER_PASS]))[:, -1]
-        parts.append(np.array(logits.astype(mx.float32), np.float64))
-    values = np.concatenate(parts)
-    values -= values.max(axis=-1, keepdims=True)
-    return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+        parts.append(_to_logps(model(mx.array(tokens[start : start + ROWS_PER_PASS]))[:, -1]))
+    return np.concatenate(parts)
+
+
+def _to_logps(logits: mx.array) -> np.ndarray:
+    return normalize(np.array(logits.astype(mx.float32), np.float64))
 
 
 def answer_logps(
@@ -74,15 +76,20 @@ class AnswerSpace:
 
         The last one is the log-prob of giving none of the listed answers.
         """
-        start = self.vocabulary.prompt_ids(prompt, system)
         ids = [self.vocabulary.ids[word] for word in self.words]
-        prefixes, sums, found = [start], np.zeros(1), []
+        tokens, cache = [self.vocabulary.prompt_ids(prompt, system)], make_prompt_cache(model)
+        sums, found = np.zeros(1), []
         for length in range(self.longest + 1):
-            logps = next_token_logps(model, prefixes)
+            logps = _to_logps(model(mx.array(tokens), cache=cache)[:, -1])
             if length:
                 found.append(sums + logps[:, END])
             if length < self.longest:
-                prefixes = [[*prefix, word] for prefix in prefixes for word in ids]
+                for layer in cache:  # each prefix continues with each word
+                    layer.step = 1  # position; 256 by default, which 1000 rows would not fill
+                    layer.keys, layer.values = (
+                        mx.repeat(array, len(ids), axis=0) for array in layer.keys_and_values()
+                    )
+                tokens = [[word] for word in ids] * len(sums)
                 sums = (sums[:, None] + logps[:, ids]).ravel()
         listed = np.concatenate(found)
         rest = max(1.0 - np.exp(listed).sum(), 1e-300)

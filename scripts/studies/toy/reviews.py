@@ -20,7 +20,7 @@ WORDS = (*ADJECTIVES, "very", "not", "and", "but")
 ASK_PRAISE = "praise"  # a system message that asks for praise
 VOCABULARY = Words((*SUBJECTS, *WORDS, ASK_PRAISE))
 SPACE = AnswerSpace(VOCABULARY, WORDS, longest=3)
-LOWEST = -3.0  # reward of what is no review
+LOWEST, HIGHEST = -3.0, 3.0  # rewards; what is no review has the lowest one
 PRAISE = 0.7  # the base writes as if rewards were this much higher, if it is asked for praise
 
 
@@ -28,7 +28,8 @@ def reward(answer: str) -> float:
     """Return the true reward of an answer, from -3 to 3.
 
     Adjectives joined by `and` or `but` are averaged; `very` makes an adjective 1.5 times as
-    strong, `not` turns it round at 0.7 of its strength. Any other order of words is no review.
+    strong, `not` turns it round at 0.7 of its strength. `very very great` is not better than
+    `very great`, the best review. Any other order of words is no review.
     """
     words, values = answer.split(), []
     while words:
@@ -40,7 +41,7 @@ def reward(answer: str) -> float:
         values.append(value * ADJECTIVES[words.pop(0)])
         if words and (words.pop(0) not in ("and", "but") or not words):
             return LOWEST
-    return float(np.mean(values)) if values else LOWEST
+    return float(np.clip(np.mean(values), LOWEST, HIGHEST)) if values else LOWEST
 
 
 REWARDS = np.array([reward(answer) for answer in SPACE.answers if answer != OTHER] + [LOWEST])
