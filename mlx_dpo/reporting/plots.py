@@ -54,8 +54,8 @@ def charts_png(charts: Sequence[Chart], names: Sequence[str], x_label: str) -> b
         names: names of the runs, for the legend.
     """
     rows = -(-len(charts) // CHART_COLUMNS)
-    with _matplotlib_style(LIGHT):
-        figure = _make_figure(CHART_WIDTH * CHART_COLUMNS, CHART_HEIGHT * rows)
+    with matplotlib_style(LIGHT):
+        figure = make_figure(CHART_WIDTH * CHART_COLUMNS, CHART_HEIGHT * rows)
         for index, chart in enumerate(charts, 1):
             axes = figure.add_subplot(rows, CHART_COLUMNS, index)
             _draw_chart(axes, chart, len(names), x_label, LIGHT)
@@ -63,15 +63,15 @@ def charts_png(charts: Sequence[Chart], names: Sequence[str], x_label: str) -> b
         legend = _add_legend(figure, handles, "outside upper left")
         legend_height = legend.get_window_extent().height / figure.dpi
         figure.set_figheight(CHART_HEIGHT * rows + max(MIN_LEGEND_HEIGHT, legend_height))
-        return _render(figure, "png", LIGHT)
+        return render(figure, "png", LIGHT)
 
 
 def chart_svg(chart: Chart, runs: int, x_label: str, theme: Theme) -> bytes:
     """Draw one chart, which shows `runs` runs, as an SVG image."""
-    with _matplotlib_style(theme):
-        figure = _make_figure(CHART_WIDTH, CHART_HEIGHT)
+    with matplotlib_style(theme):
+        figure = make_figure(CHART_WIDTH, CHART_HEIGHT)
         _draw_chart(figure.add_subplot(), chart, runs, x_label, theme)
-        return _render(figure, "svg", theme)
+        return render(figure, "svg", theme)
 
 
 def _add_legend(
@@ -87,14 +87,15 @@ def _add_legend(
     return _add_legend(figure, handles, location, columns - 1)
 
 
-def _make_figure(width: float, height: float) -> "Figure":
+def make_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure, its size in inches."""
     from matplotlib.figure import Figure  # not pyplot, which needs a display
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 @contextmanager
-def _matplotlib_style(theme: Theme) -> Iterator[None]:
+def matplotlib_style(theme: Theme) -> Iterator[None]:
     """Draw in the theme inside the block, and ignore the user's `matplotlibrc` file."""
     import matplotlib
     from matplotlib.font_manager import fontManager
@@ -116,7 +117,8 @@ def _matplotlib_style(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _render(figure: "Figure", file_format: str, theme: Theme) -> bytes:
+def render(figure: "Figure", file_format: str, theme: Theme) -> bytes:
+    """Return the figure as the bytes of an SVG or PNG file; the same figure gives the same file."""
     file = BytesIO()
     # None leaves out the date and the version of matplotlib.
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[file_format]

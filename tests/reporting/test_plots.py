@@ -26,7 +26,7 @@ def make_line(run=0, completion="", held_out=False):
 
 
 def axes_of(chart, runs):
-    axes = plots._make_figure(CHART_WIDTH, CHART_HEIGHT).add_subplot()
+    axes = plots.make_figure(CHART_WIDTH, CHART_HEIGHT).add_subplot()
     plots._draw_chart(axes, chart, runs, "step", LIGHT)
     return axes
 
@@ -111,9 +111,9 @@ def test_the_legend_has_an_entry_for_everything_drawn_and_no_other():
 
 
 def draw_legend(names):
-    figure = plots._make_figure(2 * CHART_WIDTH, CHART_HEIGHT)
+    figure = plots.make_figure(2 * CHART_WIDTH, CHART_HEIGHT)
     handles = plots._legend_handles([make_line()], names, LIGHT)
-    with plots._matplotlib_style(LIGHT):
+    with plots.matplotlib_style(LIGHT):
         return plots._add_legend(figure, handles, "center left"), figure
 
 

@@ -81,12 +81,14 @@ class Picture:
     Attributes:
         name: end of the file's name, unique in the study.
         caption: axes, units, what points and bands are; n.
-        draw: function that draws the rows into an empty figure.
+        draw: function that draws the rows into an empty figure; see `figures.py`.
+        size: width and height in inches.
     """
 
     name: str
     caption: str
     draw: Callable[["Figure", Rows, "Theme"], None]
+    size: tuple[float, float] = (8.0, 3.4)
 
 
 @dataclass(frozen=True, kw_only=True)
