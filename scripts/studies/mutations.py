@@ -1,26 +1,27 @@
 """Break the package in twelve ways, and see which claims of which studies fail.
 
-    python -m scripts.studies.mutations [--study NAME]... [--mutation NAME]...
+    python -m scripts.studies.mutations [--study NAME]... [--mutation NAME]... [--all]
 
-Each mutation replaces text of the package in a copy of the checkout; the quick form of
-each study runs there. Results go to docs/evidence/mutations.csv.
+Each mutation replaces text of the package in a copy of the checkout; the quick form of studies
+runs there. A mutation is found if a claim fails; a crash is not a find.
 """
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import click
 
+from scripts.bench.machine import commit
 from scripts.studies import NAMES
-from scripts.studies.reporting.csv_rows import FOLDER, ROOT, read_rows, write_rows
+from scripts.studies.reporting import csv_rows
 from scripts.studies.reporting.study import Row
 
-CSV = FOLDER / "mutations.csv"
 COPIED = ("mlx_dpo", "scripts", "models", "examples")
 UNCHANGED = "none"  # the control: the copy without a mutation
 TIMEOUT = 600  # seconds
@@ -159,6 +160,8 @@ MUTATIONS = (
     ),
 )
 
+BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
+
 
 class Outcome(NamedTuple):
     """What a study said: the names of the claims that failed, or why it did not finish."""
@@ -175,7 +178,7 @@ def copy_checkout(folder: Path, mutation: Mutation | None) -> None:
     """
     for name in COPIED:
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copytree(csv_rows.ROOT / name, folder / name, ignore=ignored)
     for edit in mutation.edits if mutation else ():
         path = folder / edit.file
         text = path.read_text(encoding="utf-8")
@@ -190,52 +193,82 @@ def copy_checkout(folder: Path, mutation: Mutation | None) -> None:
 def run_quick(study: str, folder: Path) -> Outcome:
     """Run the quick form of a study in a copy of the checkout."""
     command = [sys.executable, "-m", f"scripts.studies.{study}", "--quick"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=TIMEOUT
-    )
-    lines = [line.split() for line in done.stdout.splitlines()]
-    failed = tuple(words[1].rstrip(":") for words in lines if words[:1] == ["FAILS"])
-    unfinished = done.returncode != bool(failed)
-    return Outcome(failed, done.stderr.strip().splitlines()[-1] if unfinished else "")
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome((), f"no result in {TIMEOUT} s")
+    return read_outcome(done.returncode, done.stdout, done.stderr)
 
 
-def try_mutation(mutation: Mutation | None, studies: tuple[str, ...]) -> Iterator[Row]:
+def read_outcome(status: int, output: str, errors: str) -> Outcome:
+    """Return which claims failed by what a study printed, or its error.
+
+    A study exits with 1 if a claim fails and with 0 if all hold; it printed all claims then.
+    """
+    words = [line.split(maxsplit=2) for line in output.splitlines()]
+    failed = tuple(line[1].rstrip(":") for line in words if line[:1] == ["FAILS"])
+    if status == bool(failed):
+        return Outcome(failed)
+    lines = errors.strip().splitlines()
+    return Outcome((), lines[-1] if lines else f"exit status {status}")
+
+
+def try_mutation(mutation: Mutation | None, studies: Sequence[str]) -> Iterator[Row]:
     """Yield a row per study: the claims that fail with the mutation, or the error."""
     with TemporaryDirectory(prefix="mutation-") as name:
         copy_checkout(Path(name), mutation)
         for study in studies:
+            start = time.monotonic()
             outcome = run_quick(study, Path(name))
             yield {
                 "mutation": mutation.name if mutation else UNCHANGED,
-                "breaks": mutation.breaks if mutation else "",
-                "what": mutation.what if mutation else "Nothing is changed.",
                 "study": study,
                 "failed": " ".join(outcome.failed),
                 "error": outcome.error,
+                "seconds": round(time.monotonic() - start),
+                "commit": commit(),
             }
 
 
-@click.command(help="Break the package in twelve ways, and see which claims of studies fail.")
+@click.command()
 @click.option("--study", "studies", multiple=True, type=click.Choice(NAMES))
-@click.option("--mutation", "names", multiple=True)
-def main(studies: tuple[str, ...], names: tuple[str, ...]) -> None:
-    """Run the chosen mutations, all by default, and write their rows."""
-    known = {mutation.name: mutation for mutation in MUTATIONS}
-    for name in names or (UNCHANGED, *known):
-        mutation = known.get(name)
-        chosen = studies or (mutation.studies if mutation else NAMES)
+@click.option("--mutation", "names", multiple=True, type=click.Choice((UNCHANGED, *BY_NAME)))
+@click.option("--all", "is_all", is_flag=True, help="Every mutation in every study.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for mutations.csv.  [default: docs/evidence; none with --study or --mutation]",
+)
+def main(
+    studies: tuple[str, ...], names: tuple[str, ...], is_all: bool, output: Path | None
+) -> None:
+    """Break the package in twelve ways, and see which claims of which studies fail.
+
+    By default each mutation runs in the studies that have to find it, and the unchanged package,
+    the mutation `none`, in all studies.
+    """
+    folder = output or (None if studies or names else csv_rows.FOLDER)
+    for name in names or (UNCHANGED, *BY_NAME):
+        mutation = BY_NAME.get(name)
+        chosen = studies or (mutation.studies if mutation and not is_all else NAMES)
         for row in try_mutation(mutation, chosen):
-            print(f"{row['mutation']} in {row['study']}: {row['failed'] or '-'} {row['error']}")
-            _record(row)
+            outcome = row["failed"] or row["error"] or "all claims hold"
+            print(f"{name} in {row['study']}: {outcome} ({row['seconds']} s)", flush=True)
+            if folder:
+                record(folder / csv_rows.MUTATIONS.name, row)
 
 
-def _record(row: Row) -> None:
-    earlier = read_rows(CSV) if CSV.exists() else []
+def record(path: Path, row: Row) -> None:
+    """Write a row to a file; it replaces the earlier row of its mutation and study."""
     key = ("mutation", "study")
-    kept = [other for other in earlier if any(other[name] != row[name] for name in key)]
-    order = [UNCHANGED, *(mutation.name for mutation in MUTATIONS)]
-    rows = sorted([*kept, row], key=lambda row: (order.index(row["mutation"]), row["study"]))
-    write_rows(CSV, rows)
+    earlier = csv_rows.read_rows(path) if path.exists() else []
+    rows = [other for other in earlier if any(other[name] != row[name] for name in key)] + [row]
+    mutations, studies = (UNCHANGED, *BY_NAME), NAMES
+    known = [r for r in rows if r["mutation"] in mutations and r["study"] in studies]
+    known.sort(key=lambda r: (mutations.index(r["mutation"]), studies.index(r["study"])))
+    csv_rows.write_rows(path, known)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ STUDY = Study(
         "follow the Bradley–Terry model. Does training arrive at it?"
     ),
     setup=(
-        "A Llama of 2 layers and 32 dimensions whose tokens are words, tuned to give six answers "
+        "A Llama of 2 layers and 48 dimensions whose tokens are words, tuned to give six answers "
         "of one to three words to each of three prompts. Every ordered pair of answers is a row, "
         "weighted by its Bradley–Terry probability under a known reward between −1 and 1, so that "
         "the loss is the expected one. Full fine-tuning, 250 steps of all 90 rows. Log-probs of "

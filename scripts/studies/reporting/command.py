@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
-import mlx.core as mx
 
 from mlx_dpo.paths import CACHE_VARIABLE
 from scripts.bench import machine
 from scripts.studies.reporting import csv_rows
+from scripts.studies.reporting.formats import format_bound, format_number, strip_markdown
 from scripts.studies.reporting.study import Finding, Row, Rows, Scale, Study, check_claims
 
 SEEDS = (0, 1, 2)
@@ -21,25 +21,23 @@ SEEDS = (0, 1, 2)
 def main(study: Study) -> None:
     """Run the command line of a study."""
 
-    @click.command(help=f"{study.title}. {study.question}")
-    @click.option("--quick", is_flag=True, help="One seed and fewer settings; write no rows.")
+    @click.command(help=strip_markdown(f"{study.title}. {study.question}"))
+    @click.option("--quick", is_flag=True, help="One seed and fewer settings, under a minute.")
     @click.option("--seeds", help="Seeds, as 0,1,2.  [default: 0,1,2; 0 with --quick]")
     @click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
-        default=csv_rows.FOLDER,
-        show_default="docs/evidence",
-        help="Folder for the CSV rows of a run that is not quick.",
+        help="Folder for the rows as CSV.  [default: docs/evidence; none with --quick]",
     )
-    def command(quick: bool, seeds: str | None, output: Path) -> None:
+    def command(quick: bool, seeds: str | None, output: Path | None) -> None:
         chosen = tuple(map(int, seeds.split(","))) if seeds else SEEDS[: 1 if quick else None]
         rows, facts = run_study(study, quick=quick, seeds=chosen, verbose=True)
         findings = list(check_claims(study, rows, quick=quick))
         print_findings(findings)
         print(f"{study.name}: {facts['seconds']} s, load {facts['load']} before")
-        if not quick:
-            csv_rows.write_rows(output / f"{study.name}.csv", rows)
-            csv_rows.record_run(output / csv_rows.RUNS.name, facts)
+        if folder := output or (None if quick else csv_rows.FOLDER):
+            csv_rows.write_rows(folder / f"{study.name}.csv", rows)
+            csv_rows.record_run(folder / csv_rows.RUNS.name, facts)
         sys.exit(not all(finding.holds for finding in findings))
 
     command()
@@ -59,7 +57,6 @@ def run_study(
         "versions": machine.versions("mlx", "mlx-lm", "numpy"),
     }
     start, rows = time.monotonic(), []
-    mx.reset_peak_memory()
     with TemporaryDirectory(prefix="study-") as folder:
         # No log-probs of other code, and none for the user's other runs.
         os.environ[CACHE_VARIABLE] = str(Path(folder) / "cache")
@@ -68,7 +65,8 @@ def run_study(
             if verbose and sys.stderr.isatty():
                 print(" ".join(f"{k}={v}" for k, v in row.items())[:160], file=sys.stderr)
     facts["seconds"] = round(time.monotonic() - start)
-    facts["peak_mb"] = round(mx.get_peak_memory() / 1e6)
+    facts["cpu_seconds"] = round(sum(os.times()[:4]))
+    facts["peak_mb"] = round(machine.peak_resident_bytes() / 1e6)
     return csv_rows.as_written(rows), facts
 
 
@@ -76,14 +74,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     """Print one line per claim: whether it holds, its numbers, its bound and its text."""
     for finding in findings:
         claim = finding.claim
-        numbers = ", ".join(f"{value:.4g}" for value in finding.values)
-        print(f"{'holds' if finding.holds else 'FAILS'}  {claim.name}: {numbers} {bound(finding)}")
-        print(f"       {claim.text}")
-
-
-def bound(finding: Finding) -> str:
-    """Return the bound of a claim as text, such as `< 0.01`."""
-    claim = finding.claim
-    sides = [f"> {claim.above:g}"] * (claim.above > float("-inf"))
-    sides += [f"< {claim.below:g}"] * (claim.below < float("inf"))
-    return " and ".join(sides)
+        numbers = ", ".join(map(format_number, finding.values))
+        verdict = "holds" if finding.holds else "FAILS"
+        print(f"{verdict}  {claim.name}: {numbers}; bound {format_bound(claim)}")
+        print(f"       {strip_markdown(claim.text)}")

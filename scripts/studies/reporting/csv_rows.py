@@ -1,15 +1,20 @@
 """Read and write the rows of studies: `docs/evidence/NAME.csv` and `docs/evidence/runs.csv`."""
 
 import csv
+import re
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 
 from scripts.studies.reporting.study import Row, Rows, Value
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "docs" / "evidence"
-RUNS = FOLDER / "runs.csv"
-DIGITS = 6  # significant digits of a number
+RUNS, MUTATIONS = FOLDER / "runs.csv", FOLDER / "mutations.csv"
+DIGITS = 6  # significant digits of a number that is not an integer
+# As this module writes them, so that a commit such as 0123456 or 12e3456 stays text.
+INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+NUMBER = re.compile(INTEGER.pattern + r"(\.[0-9]+)?(e[+-][0-9]+)?|nan|-?inf")
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -48,13 +53,12 @@ def record_run(path: Path, run: Row) -> None:
 
 
 def _to_text(value: Value) -> str:
+    if isinstance(value, Integral):
+        return str(int(value))
     return value if isinstance(value, str) else f"{value:.{DIGITS}g}"
 
 
 def _to_value(text: str) -> Value:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            pass
-    return text
+    if not NUMBER.fullmatch(text):
+        return text
+    return int(text) if INTEGER.fullmatch(text) else float(text)

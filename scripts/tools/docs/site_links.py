@@ -1,7 +1,8 @@
 """MkDocs hook: make links to files outside of docs/ work on the site as they do on GitHub.
 
 Pages such as CONTRIBUTING.md become pages of the site. A source file that a page links becomes a
-page with its text, so that the site needs no repository host.
+page with its text, so that the site needs no repository host. A `<picture>` with a light and a dark
+image becomes two images, of which the theme shows the one of the palette that the reader chose.
 """
 
 import posixpath
@@ -14,6 +15,10 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[3]
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+PICTURE = re.compile(
+    r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">'
+    r'<img alt="(?P<alt>[^"]*)" src="(?P<light>[^"]+)"></picture>'
+)
 PAGES = {  # file of the repository -> page of the site
     "README.md": "README.md",  # docs/README.md is the site's first page
     "CHANGELOG.md": "changelog.md",
@@ -37,7 +42,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links that lead out of docs/ to the pages made for them."""
-    return point_links(markdown, page.file.src_uri)
+    return split_pictures(point_links(markdown, page.file.src_uri))
+
+
+def split_pictures(markdown: str) -> str:
+    """Return the text of a page with an image for each palette instead of a `<picture>`.
+
+    GitHub follows the system's palette, and the site has a switch of its own. The theme hides an
+    image whose address ends in `#only-dark` or `#only-light` in the other palette.
+    """
+
+    def split(match: re.Match[str]) -> str:
+        alt = re.sub(r"([\\`*_\[\]])", r"\\\1", match["alt"])
+        return "\n".join(f"![{alt}]({match[name]}#only-{name})" for name in ("light", "dark"))
+
+    return PICTURE.sub(split, markdown)
 
 
 def point_links(markdown: str, page: str) -> str:
