@@ -66,8 +66,8 @@ def folder(tmp_path, monkeypatch):
 def test_claims_have_mean_range_and_verdict(folder):
     text = evidence_page.page(folder)
     assert (
-        "| `small` y of π(y\\|x) | Eq. 1 | < 3 nats | 1.5 [1, 2] nats | holds |\n"
-        "| `sum` all of y | Eq. 2 | > 5 | 3 | **DOES NOT HOLD** |\n"
+        "| `small` y of π(y\\|x) | Eq. 1 | <\u00a03 nats | 1.5 [1, 2] nats | holds |\n"
+        "| `sum` all of y | Eq. 2 | >\u00a05 | 3 | **DOES NOT HOLD** |\n"
     ) in text
     assert "| [A toy](#toy) | 2 | **1** | 2 | 2 min 5 s |\n" in text
 
@@ -106,8 +106,8 @@ def test_mutations_are_found_by_claims_not_by_errors(folder):
     assert [line.split(" | ")[-1] for line in lines] == [
         "none |",
         "[toy](#toy): `sum` |",
-        "**NOT FOUND**<br>not by toy (boom) |",
-        "**NOT FOUND**<br>not by toy (all claims hold) |",
+        "**NOT FOUND**<br>[toy](#toy): no result (boom) |",
+        "**NOT FOUND** |",
     ]
 
 

@@ -76,11 +76,3 @@ def test_a_mutation_is_found(mutation):
     rows = list(mutations.try_mutation(mutation, mutation.studies))
     assert [row["error"] for row in rows] == [""] * len(rows)
     assert all(row["failed"] for row in rows), rows
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_every_claim_of_the_unchanged_package_holds(name, tmp_path):
-    """The quick form of the study; so the mutations are what the other test finds."""
-    mutations.copy_checkout(tmp_path, None)
-    assert mutations.run_quick(name, tmp_path) == Outcome(())

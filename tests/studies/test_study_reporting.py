@@ -133,8 +133,8 @@ def test_a_run_replaces_the_earlier_one_of_its_study(tmp_path):
         (12.345, "12.3"),
         (1234.5, "1,234"),
         (0.00999, "0.00999"),
-        (0.0000275, "2.75 × 10⁻⁵"),
-        (-3e10, "−3 × 10¹⁰"),
+        (0.0000275, "2.75\u00a0×\u00a010⁻⁵"),
+        (-3e10, "−3\u00a0×\u00a010¹⁰"),
         (0.9999979, "0.9999979"),
         (0.99999999999, "1"),
         (0.987, "0.987"),
@@ -147,8 +147,8 @@ def test_numbers_are_written_with_three_digits(value, text):
 
 
 def test_bounds_and_durations_as_text():
-    assert format_bound(make_claim(below=0.01)) == "< 0.01"
-    assert format_bound(make_claim(above=-0.5, below=2)) == "> −0.5 and < 2"
+    assert format_bound(make_claim(below=0.01)) == "<\u00a00.01"
+    assert format_bound(make_claim(above=-0.5, below=2)) == ">\u00a0−0.5 and <\u00a02"
     assert [format_duration(s) for s in (7.6, 99, 100, 605)] == [
         "8 s", "99 s", "1 min 40 s", "10 min 5 s",
     ]  # fmt: skip
@@ -188,8 +188,8 @@ def test_the_command_prints_claims_and_writes_rows(tmp_path, monkeypatch, capsys
         command.main(study)
     output = capsys.readouterr().out
     assert status.value.code == 1
-    assert "holds  good: 1, 11; bound > −1\n" in output
-    assert "FAILS  bad: 1, 11; bound < 5\n       of π*\n" in output
+    assert "holds  good: 1, 11; bound >\u00a0−1\n" in output
+    assert "FAILS  bad: 1, 11; bound <\u00a05\n       of π*\n" in output
     assert csv_rows.read_rows(tmp_path / "s.csv") == ROWS
     [run] = csv_rows.read_rows(tmp_path / "runs.csv")
     assert (run["study"], run["form"], run["seeds"]) == ("s", "full", "0 1")

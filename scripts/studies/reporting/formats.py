@@ -6,6 +6,7 @@ import re
 from scripts.studies.reporting.study import Claim
 
 MAX_DECIMALS = 7
+TIMES = "\u00a0×\u00a0"  # no line break within a number
 EXPONENTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -18,7 +19,7 @@ def format_number(value: float, digits: int = 3) -> str:
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        return f"{_plain(mantissa)} × 10{str(int(exponent)).translate(EXPONENTS)}"
+        return f"{_plain(mantissa)}{TIMES}10{str(int(exponent)).translate(EXPONENTS)}"
     if 0.99 < abs(value) < 1:
         decimals = 1 - math.floor(math.log10(1 - abs(value)))
         return _plain(f"{value:.{min(decimals, MAX_DECIMALS)}f}")
@@ -26,9 +27,9 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def format_bound(claim: Claim) -> str:
-    """Return the bound of a claim as text, such as `< 0.01`."""
-    sides = [f"> {_plain(f'{claim.above:g}')}"] * (claim.above > -math.inf)
-    sides += [f"< {_plain(f'{claim.below:g}')}"] * (claim.below < math.inf)
+    """Return the bound of a claim as text, such as `< 0.01`, with spaces that do not break."""
+    sides = [f">\u00a0{_plain(f'{claim.above:g}')}"] * (claim.above > -math.inf)
+    sides += [f"<\u00a0{_plain(f'{claim.below:g}')}"] * (claim.below < math.inf)
     return " and ".join(sides)
 
 

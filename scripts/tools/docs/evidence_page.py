@@ -76,7 +76,8 @@ MUTATIONS_HEAD = """
 
 Each fault changes a few words of the package in a copy of the checkout, and the quick form of
 studies runs there. A study finds the fault if one of its claims fails. A crash is not a find.
-The first line is the control: a copy without a change.
+The first line is the control: a copy without a change. [All runs](evidence/mutations.csv),
+those without a find included.
 
 ```sh
 python -m scripts.studies.mutations
@@ -257,15 +258,17 @@ def _mutations(rows: Rows) -> str:
     known[UNCHANGED] = ("", "Nothing is changed.")
     lines = [MUTATIONS_HEAD]
     for name, group in groupby(rows, lambda row: str(row["mutation"])):
-        finds, others = [], []
+        finds, errors = [], []
         for row in group:
-            claims = ", ".join(f"`{claim}`" for claim in str(row["failed"]).split())
-            if claims:
-                finds.append(f"[{row['study']}](#{row['study']}): {claims}")
-            else:
-                others.append(f"{row['study']} ({row['error'] or 'all claims hold'})")
-        text = "<br>".join(finds) or ("none" if name == UNCHANGED else "**NOT FOUND**")
-        text += f"<br>not by {', '.join(others)}" * bool(others and name != UNCHANGED)
+            study = f"[{row['study']}](#{row['study']})"
+            if row["failed"]:
+                claims = (f"`{claim}`" for claim in str(row["failed"]).split())
+                finds.append(f"{study}: {', '.join(claims)}")
+            elif row["error"]:
+                errors.append(f"{study}: no result ({row['error']})")
+        if not finds:
+            finds = ["none" if name == UNCHANGED else "**NOT FOUND**"]
+        text = "<br>".join([*finds, *errors])
         breaks, what = known[name]
         lines.append(f"| {breaks} | {what} | {_cell(text)} |\n")
     return "".join(lines)
