@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from scripts.studies.toy.train import save_checkpoint, train
 from scripts.studies.toy.words import Words, write_checkpoint
@@ -42,6 +43,24 @@ def make_base(
     ]
     random = folder.with_name(f"{folder.name}-random")
     write_checkpoint(random, vocabulary, seed=seed)
+    return tune_base(folder, random, rows, seed=seed, steps=steps, batch_size=batch_size)
+
+
+def tune_base(
+    folder: Path,
+    random: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    seed: int,
+    steps: int = STEPS,
+    batch_size: int | None = None,
+) -> Path:
+    """Tune the checkpoint `random` to give answers, write it to `folder`; return `folder`.
+
+    Args:
+        rows: data of instruction tuning, each with its `probability` as weight.
+        batch_size: rows per step; all by default.
+    """
     policy = train(
         random,
         rows,

@@ -47,6 +47,14 @@ def answer_logps(
     return sums
 
 
+def token_logps(model: nn.Module, vocabulary: Words, prompt: str, answer: str) -> np.ndarray:
+    """Return log π of each token of an answer, its end included, in nats. (tokens,)"""
+    start, ids = vocabulary.prompt_ids(prompt), vocabulary.answer_ids(answer)
+    logits = model(mx.array([start + ids[:-1]]))[0, len(start) - 1 :]
+    logps = normalize(np.array(logits.astype(mx.float32), np.float64))
+    return logps[np.arange(len(ids)), ids]
+
+
 def all_answer_logps(
     model: nn.Module, vocabulary: Words, prompts: Sequence[str], answers: Sequence[str]
 ) -> np.ndarray:
@@ -128,3 +136,16 @@ def explained_variance(values: np.ndarray, expected: np.ndarray) -> float:
     """Return R² of `values` as a prediction of `expected` up to a constant, of slope one."""
     error = (values - values.mean()) - (expected - expected.mean())
     return float(1.0 - (error**2).sum() / ((expected - expected.mean()) ** 2).sum())
+
+
+def rank_correlation(
+    values: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray
+) -> float:
+    """Return Spearman's rank correlation; equal values get the mean of their ranks."""
+    ranks = [_ranks(np.asarray(each, float)) for each in (values, others)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    below = (values[:, None] > values).sum(axis=1)
+    return below + 0.5 * (values[:, None] == values).sum(axis=1)
