@@ -22,6 +22,7 @@ TOOLS = ROOT / "scripts" / "tools" / "docs"
         "losses_page.py",
         "which_model_page.py",
         "benchmarks_page.py",
+        "evidence_page.py",
     ],
 )
 def test_a_generated_page_is_up_to_date(script):

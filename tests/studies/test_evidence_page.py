@@ -102,13 +102,20 @@ def test_mutations_are_found_by_claims_not_by_errors(folder):
             for name, failed, error in rows
         ],
     )
-    lines = evidence_page.page(folder).splitlines()[-4:]
+    lines = evidence_page.page(folder).splitlines()[-6:-2]
     assert [line.split(" | ")[-1] for line in lines] == [
         "none |",
         "[toy](#toy): `sum` |",
         "**NOT FOUND**<br>[toy](#toy): no result (boom) |",
         "**NOT FOUND** |",
     ]
+
+
+def test_a_page_without_mutations_says_so(folder):
+    """The introduction links to the section."""
+    text = evidence_page.page(folder)
+    assert "](#mutations)" in text and '<a id="mutations">' in text
+    assert text.endswith("They have not been run yet.\n")
 
 
 def test_pictures_are_drawn_for_both_palettes_and_old_ones_go_away(folder, tmp_path):

@@ -76,16 +76,14 @@ MUTATIONS_HEAD = """
 
 Each fault changes a few words of the package in a copy of the checkout, and the quick form of
 studies runs there. A study finds the fault if one of its claims fails. A crash is not a find.
-The first line is the control: a copy without a change. [All runs](evidence/mutations.csv),
-those without a find included.
+The control is a copy without a change.
 
 ```sh
 python -m scripts.studies.mutations
 ```
 
-| breaks | fault | study and the claims that fail |
-|---|---|---|
 """
+NO_MUTATIONS = "They have not been run yet.\n"
 
 
 class Result(NamedTuple):
@@ -130,8 +128,8 @@ def page(folder: Path = csv_rows.FOLDER) -> str:
     parts += [NO_ROWS.format(names=", ".join(missing))] * bool(missing)
     parts += map(_section, results)
     mutations = folder / csv_rows.MUTATIONS.name
-    parts += [_mutations(read_rows(mutations))] if mutations.exists() else []
-    return "".join(parts)
+    rows = read_rows(mutations) if mutations.exists() else []
+    return "".join([*parts, MUTATIONS_HEAD, _mutations(rows) if rows else NO_MUTATIONS])
 
 
 def write_pictures(folder: Path, docs: Path) -> None:
@@ -256,7 +254,7 @@ def _mutations(rows: Rows) -> str:
     """Return the table of faults, each with the studies and claims that find it."""
     known = {mutation.name: (mutation.breaks, mutation.what) for mutation in MUTATIONS}
     known[UNCHANGED] = ("", "Nothing is changed.")
-    lines = [MUTATIONS_HEAD]
+    lines = ["| breaks | fault | study and the claims that fail |\n|---|---|---|\n"]
     for name, group in groupby(rows, lambda row: str(row["mutation"])):
         finds, errors = [], []
         for row in group:
@@ -271,6 +269,7 @@ def _mutations(rows: Rows) -> str:
         text = "<br>".join([*finds, *errors])
         breaks, what = known[name]
         lines.append(f"| {breaks} | {what} | {_cell(text)} |\n")
+    lines.append("\n[All runs](evidence/mutations.csv), those without a find included.\n")
     return "".join(lines)
 
 
