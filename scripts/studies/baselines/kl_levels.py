@@ -1,0 +1,69 @@
+"""Compare methods by the reward that they reach within KL divergences, from rows.
+
+A row is a measured policy with its `method`, `reward` and `kl`; those of the method `optimal` are
+the frontier, in the order of falling KL.
+"""
+
+import numpy as np
+
+from scripts.studies.reporting.study import Rows, column, of
+
+LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # nats
+
+
+def frontier(rows: Rows, kl: float) -> float:
+    """Return the highest mean reward of any policy with this KL divergence."""
+    best = of(rows, method="optimal")[::-1]
+    return float(np.interp(kl, column(best, "kl"), column(best, "reward")))
+
+
+def best_within(rows: Rows, method: str, kl: float) -> float:
+    """Return the highest reward of a method's policies with at most this KL; the base is one."""
+    known = [*of(rows, method=method), *of(rows, method="base")]
+    return max(float(row["reward"]) for row in known if float(row["kl"]) <= kl)
+
+
+def lead(rows: Rows, first: str, second: str) -> list[float]:
+    """Return how much reward a method has more than another, at each of `LEVELS`."""
+    return [best_within(rows, first, kl) - best_within(rows, second, kl) for kl in LEVELS]
+
+
+def smallest_lead(rows: Rows, second: str) -> float:
+    """Return the smallest lead of DPO over a method, of all levels."""
+    return min(lead(rows, "dpo", second))
+
+
+def mean_lead(rows: Rows, second: str) -> float:
+    """Return the mean lead of DPO over a method."""
+    return float(np.mean(lead(rows, "dpo", second)))
+
+
+def mean_reward(rows: Rows, method: str) -> float:
+    """Return the best reward of a method within each of `LEVELS`, on average."""
+    return float(np.mean([best_within(rows, method, kl) for kl in LEVELS]))
+
+
+def gap(rows: Rows, method: str) -> float:
+    """Return the mean distance of a method below the frontier, at `LEVELS`."""
+    return float(np.mean([frontier(rows, kl) for kl in LEVELS])) - mean_reward(rows, method)
+
+
+def largest_excess(rows: Rows) -> float:
+    """Return how far the best policy of all is above the frontier; positive is impossible."""
+    return max(
+        float(row["reward"]) - frontier(rows, float(row["kl"]))
+        for row in rows
+        if row["method"] != "optimal"
+    )
+
+
+def last_rows(rows: Rows, method: str, setting: float | None = None) -> Rows:
+    """Return the rows of the last steps of a method."""
+    rows = [row for row in of(rows, method=method) if setting in (None, row["setting"])]
+    last = max(float(row["step"]) for row in rows)
+    return [row for row in rows if float(row["step"]) == last]
+
+
+def last_mean(rows: Rows, method: str, name: str) -> float:
+    """Return the mean of a column over the last steps of a method."""
+    return float(np.mean(column(last_rows(rows, method), name)))

@@ -1,0 +1,440 @@
+"""Reward against KL divergence: DPO, PPO and simpler methods, and the optimum of every β.
+
+python -m scripts.studies.reward_kl [--quick]
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mlx_dpo import load_policy
+from scripts.studies.baselines import methods
+from scripts.studies.baselines.best_of import best_of, kl_bound
+from scripts.studies.baselines.kl_levels import (
+    frontier,
+    gap,
+    largest_excess,
+    last_mean,
+    last_rows,
+    mean_lead,
+    mean_reward,
+    smallest_lead,
+)
+from scripts.studies.baselines.world import Progress, World, make_world, measure_steps
+from scripts.studies.reporting.command import main
+from scripts.studies.reporting.figures import add_axes, add_legend, line_style
+from scripts.studies.reporting.study import (
+    Claim,
+    Picture,
+    Row,
+    Rows,
+    Scale,
+    Study,
+    Table,
+    column,
+    distinct,
+    of,
+)
+from scripts.studies.toy.exact import optimal_policy
+from scripts.studies.toy.reviews import ASK_PRAISE, REWARDS, SPACE, SUBJECTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mlx_dpo.reporting.plots import Theme
+
+GROUPS, HELD_OUT = 256, 32  # groups of four answers per prompt
+BETAS, ALPHAS, ORDERS = (0.1, 0.3, 1.0), (0.1, 0.5, 1.0), (0, 1, 2)
+QUICK_BETAS, QUICK_ALPHAS, QUICK_ORDERS = (0.3, 1.0), (0.5,), (0,)
+COUNTS = (2, 4, 16, 64, 256)  # N of best of N
+LONG, LONG_BETA = 96, 1.0  # iterations and β of the PPO run that shows that PPO converges
+IMPLICIT_BETA = 1.0  # of the DPO policy whose implicit reward chooses the best of N
+FRONTIER_BETAS = np.geomspace(0.05, 50, 60)
+NAMES = {
+    "dpo": "DPO",
+    "ppo_true": "PPO, true reward",
+    "ppo_learned": "PPO, learned reward",
+    "preferred_ft": "Preferred-FT",
+    "unlikelihood": "Unlikelihood",
+    "best_true": "Best of N, true reward",
+    "best_implicit": "Best of N, DPO's implicit reward",
+    "system_prompt": "System prompt",
+    "base": "Base model",
+}
+SETTINGS = {
+    "dpo": "β = {}",
+    "ppo_true": "β = {}",
+    "ppo_learned": "β = {}",
+    "preferred_ft": "order {}",
+    "unlikelihood": "α = {}",
+    "best_true": "N = {}",
+    "best_implicit": "N = {}",
+}
+STYLED = tuple(name for name in NAMES if name != "base")
+TRAINED = ("dpo", "ppo_true", "ppo_learned", "preferred_ft", "unlikelihood")
+KL_LABEL = "KL divergence from the base model (nats per answer)"
+LEVEL_LABEL = "reward, mean of six KL levels"
+COSTS = {
+    "seconds": "seconds of a run",
+    "sampled_tokens": "sampled tokens",
+    "trained_tokens": "trained tokens",
+}
+MEASURED = (
+    "reward",
+    "kl",
+    "rouge_l",
+    "perplexity",
+    "seconds",
+    "sampled_tokens",
+    "trained_tokens",
+    "peak_mb",
+)
+NOTHING: Row = {"step": 0, "seconds": 0.0, "sampled_tokens": 0, "trained_tokens": 0, "peak_mb": 0.0}
+
+
+class Trial(NamedTuple):
+    """A method with a setting, its policies, and the steps after which it is measured."""
+
+    method: str
+    setting: float
+    progress: Iterator[Progress]
+    points: Sequence[int]
+    learned: methods.Learned | None = None  # reward model, which several trials share
+
+
+def run(scale: Scale) -> Iterator[Row]:
+    """Train every method on the same base and pairs; yield a row per measured policy."""
+    for seed in scale.seeds:
+        world = make_world(scale.folder, seed, GROUPS, HELD_OUT)
+        for row in without_training(world):
+            yield {"seed": seed} | row
+        for trial in trials(world, scale):
+            for row in measure_steps(world, trial.progress, trial.points):
+                yield {"seed": seed} | to_row(trial.method, trial.setting, row, trial.learned)
+        for row in implicit_best_of(world, scale):
+            yield {"seed": seed} | row
+
+
+def to_row(method: str, setting: float, row: Row, learned: methods.Learned | None = None) -> Row:
+    """Return the columns of a row in one order, with the cost of the reward model."""
+    row = {"method": method, "setting": setting} | NOTHING | row
+    if learned:
+        row["seconds"] = float(row["seconds"]) + learned.seconds
+        row["peak_mb"] = max(float(row["peak_mb"]), learned.peak_mb)
+    return row
+
+
+def trials(world: World, scale: Scale) -> Iterator[Trial]:
+    """Yield every trained method with each of its settings."""
+    steps, iterations = methods.points(methods.STEPS), methods.points(methods.ITERATIONS)
+    betas = QUICK_BETAS if scale.quick else BETAS
+    for beta in betas:
+        yield Trial("dpo", beta, methods.dpo(world, scale.folder, beta), steps)
+    for order in QUICK_ORDERS if scale.quick else ORDERS:
+        progress = methods.preferred_ft(world, scale.folder, order)
+        yield Trial("preferred_ft", order, progress, steps)
+    for alpha in QUICK_ALPHAS if scale.quick else ALPHAS:
+        yield Trial("unlikelihood", alpha, methods.unlikelihood(world, alpha), steps)
+    if scale.quick:
+        return
+    for beta in betas:
+        yield Trial("ppo_true", beta, methods.ppo(world, beta), iterations)
+    learned = methods.learn_reward(world)
+    for beta in betas:
+        progress = methods.ppo_with_reward_model(world, beta, learned)
+        yield Trial("ppo_learned", beta, progress, iterations, learned)
+    yield Trial("ppo_long", LONG_BETA, methods.ppo(world, LONG_BETA, iterations=LONG), [LONG])
+
+
+def without_training(world: World) -> Iterator[Row]:
+    """Yield what needs no training: the optimum of every β, best of N, and the system prompt."""
+    yield to_row("base", 0, world.measure(world.reference))
+    for beta in FRONTIER_BETAS:
+        optimum = optimal_policy(world.reference, REWARDS, float(beta))
+        yield to_row("optimal", float(beta), world.measure(optimum))
+    for count in COUNTS:
+        best = best_of(world.reference, REWARDS, count)
+        yield to_row("best_true", count, world.measure(best))
+    base = load_policy(None, model=str(world.model)).model
+    asked = np.stack([SPACE.logps(base, subject, system=ASK_PRAISE) for subject in SUBJECTS])
+    yield to_row("system_prompt", 0, world.measure(asked))
+
+
+def implicit_best_of(world: World, scale: Scale) -> Iterator[Row]:
+    """Yield the best of N answers of the base model by the implicit reward of a DPO policy."""
+    run_folder = methods.dpo_folder(world, scale.folder, IMPLICIT_BETA)
+    policy = SPACE.all_logps(load_policy(str(run_folder)).model, SUBJECTS)
+    implicit = IMPLICIT_BETA * (policy - world.reference)
+    for count in COUNTS:
+        best = best_of(world.reference, implicit, count)
+        yield to_row("best_implicit", count, world.measure(best))
+
+
+def ppo_share(rows: Rows) -> float:
+    """Return the share of the largest gain of E[r] - β KL that the long run of PPO reaches."""
+    [last], [base] = of(rows, method="ppo_long"), of(rows, method="base")
+    optimum = max(_objective(row) for row in of(rows, method="optimal"))
+    return (_objective(last) - _objective(base)) / (optimum - _objective(base))
+
+
+def _objective(row: Row) -> float:
+    return float(row["reward"]) - LONG_BETA * float(row["kl"])
+
+
+def best_of_excess(rows: Rows) -> float:
+    """Return the largest difference of KL and log N - (N - 1) / N, of the best of N."""
+    return max(
+        float(row["kl"]) - kl_bound(int(row["setting"])) for row in of(rows, method="best_true")
+    )
+
+
+def best_of_gap(rows: Rows) -> float:
+    """Return the largest distance of best of N by true reward below the frontier."""
+    return max(
+        frontier(rows, float(row["kl"])) - float(row["reward"])
+        for row in of(rows, method="best_true")
+    )
+
+
+def time_ratio(rows: Rows) -> float:
+    """Return the seconds of PPO with a learned reward, divided by those of DPO."""
+    return last_mean(rows, "ppo_learned", "seconds") / last_mean(rows, "dpo", "seconds")
+
+
+def draw_reward_kl(figure: "Figure", rows: Rows, theme: "Theme") -> None:
+    """Draw reward against KL of every measured policy, and the frontier of each seed."""
+    axes = add_axes(figure, 1, 1, 1, x_label=KL_LABEL, y_label="mean true reward")
+    for seed in distinct(rows, "seed"):
+        best = of(rows, method="optimal", seed=seed)
+        line = {"color": theme.ink, "linewidth": 1.0, "label": "optimum of every β"}
+        axes.plot(column(best, "kl"), column(best, "reward"), **line)
+    for index, method in enumerate(STYLED):
+        found = of(rows, method=method)
+        axes.plot(column(found, "kl"), column(found, "reward"), **_style(theme, index))
+    axes.set_xlim(-0.1, 5.2)
+    add_legend(figure, columns=3)
+
+
+def draw_cost(figure: "Figure", rows: Rows, theme: "Theme") -> None:
+    """Draw the reward that a method reaches against what one of its runs costs."""
+    by_seed = [of(rows, seed=seed) for seed in distinct(rows, "seed")]
+    for place, (name, label) in enumerate(COSTS.items(), 1):
+        axes = add_axes(
+            figure, 1, len(COSTS), place, x_label=label, y_label=LEVEL_LABEL if place == 1 else ""
+        )
+        for index, method in enumerate(STYLED):
+            if method in TRAINED and of(rows, method=method):
+                costs = [last_mean(group, method, name) for group in by_seed]
+                rewards = [mean_reward(group, method) for group in by_seed]
+                axes.plot(costs, rewards, **_style(theme, index))
+        axes.set_xlim(left=0)
+    add_legend(figure, columns=5)
+
+
+def _style(theme: "Theme", index: int) -> dict[str, Any]:
+    method = STYLED[index]
+    style = line_style(theme, index) | {"linestyle": "", "label": NAMES[method], "alpha": 0.8}
+    return style | {"fillstyle": "none" if method.startswith("best") else "full"}
+
+
+def tabulate(rows: Rows) -> Rows:
+    """Return a row per method and setting: means over seeds, after the last step."""
+    table: list[Row] = []
+    for method, label in NAMES.items():
+        for setting in distinct(of(rows, method=method), "setting"):
+            found = last_rows(rows, method, float(setting))
+            mean = {name: np.mean(column(found, name)) for name in MEASURED}
+            table.append(
+                {
+                    "Method": label,
+                    "Setting": SETTINGS.get(method, "").format(setting),
+                    "Reward": f"{mean['reward']:.2f}",
+                    "KL": f"{mean['kl']:.2f}",
+                    "ROUGE-L": f"{mean['rouge_l']:.2f}",
+                    "Perplexity": f"{mean['perplexity']:.1f}",
+                    "Seconds": f"{mean['seconds']:.1f}",
+                    "Sampled tokens": f"{mean['sampled_tokens']:,.0f}",
+                    "Trained tokens": f"{mean['trained_tokens']:,.0f}",
+                    "Peak memory (MB)": f"{mean['peak_mb']:.0f}",
+                }
+            )
+    return table
+
+
+PAPER = "Rafailov et al. 2023, Fig. 2 left"
+STUDY = Study(
+    name="reward_kl",
+    title="Reward against KL divergence",
+    question=(
+        "The DPO paper compares methods by the reward that they reach at each KL divergence from "
+        "the base model, and finds DPO above PPO, preferred fine-tuning and unlikelihood "
+        "(Fig. 2 left). There both axes are estimated from samples, and the best possible curve "
+        "is unknown. Here both are exact, and the policies π\\*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β) "
+        "are the frontier that no policy can pass. Which methods come near it?"
+    ),
+    setup=(
+        "A Llama of 2 layers and 48 dimensions reviews four subjects in one to three words. A "
+        "lexicon gives each review its true reward, from −3 to 3. For each subject the base model "
+        "samples 256 groups of four reviews; each two different reviews of a group are a pair, "
+        "labelled once by the Bradley–Terry model of the true reward (about 5,800 pairs a seed). "
+        "All methods train the same weights with Adam, batches of 64 and a learning rate that "
+        "falls linearly to 0. DPO and preferred fine-tuning are the package's, for 144 steps, as "
+        "unlikelihood. PPO samples 2,048 reviews in 32 iterations, with a KL penalty per token, "
+        "GAE, clipped losses, whitened advantages and a critic of its own. It is scored by the "
+        "true reward, or by a reward model that was trained on the pairs for three epochs. Each "
+        "method has three settings: β of 0.1, 0.3 and 1 for DPO and PPO, α of 0.1, 0.5 and 1 for "
+        "unlikelihood, three orders of the data for preferred fine-tuning. Each policy is "
+        "measured at five steps of its run. Reward and KL are exact sums over all reviews; a "
+        "policy's reward within a KL level is the best one of its measured policies. Labels, "
+        "batches and PPO's reviews are sampled. Learning rates were chosen on seed 9, which is "
+        "not among the seeds shown, from three per method, by the mean reward within KL levels."
+    ),
+    run=run,
+    claims=(
+        Claim(
+            name="nothing_above_frontier",
+            text="Reward of the best policy of any method minus the frontier at the same KL",
+            source="Rafailov et al. 2023, Eq. 4",
+            measure=largest_excess,
+            below=0.01,
+        ),
+        Claim(
+            name="ppo_converges",
+            text="PPO with the true reward, β = 1 and 96 iterations, reaches this share of the "
+            "largest possible gain of E[r] − β KL; the baseline works",
+            source="Rafailov et al. 2023, Eq. 3",
+            measure=ppo_share,
+            above=0.9,
+            full_only=True,
+        ),
+        Claim(
+            name="dpo_over_preferred_ft",
+            text="Reward of DPO minus that of preferred fine-tuning within the same KL, the "
+            "smallest of six levels from 0.25 to 2 nats",
+            source=PAPER,
+            measure=lambda rows: smallest_lead(rows, "preferred_ft"),
+            above=0,
+        ),
+        Claim(
+            name="dpo_over_unlikelihood",
+            text="Reward of DPO minus that of unlikelihood within the same KL, the mean of six "
+            "levels",
+            source=PAPER,
+            measure=lambda rows: mean_lead(rows, "unlikelihood"),
+            above=0,
+        ),
+        Claim(
+            name="dpo_and_ppo_learned",
+            text="Reward of DPO minus that of PPO with a reward model of the same pairs, the mean "
+            "of six levels",
+            source=PAPER,
+            measure=lambda rows: mean_lead(rows, "ppo_learned"),
+            above=-0.5,
+            full_only=True,
+        ),
+        Claim(
+            name="dpo_and_ppo_true",
+            text="Reward of DPO minus that of PPO with the true reward, the mean of six levels",
+            source=PAPER,
+            measure=lambda rows: mean_lead(rows, "ppo_true"),
+            above=-0.6,
+            full_only=True,
+        ),
+        Claim(
+            name="dpo_gap",
+            text="Reward of the frontier minus that of DPO within the same KL, the mean of six "
+            "levels",
+            source="measured here; the paper has no frontier",
+            measure=lambda rows: gap(rows, "dpo"),
+            below=0.7,
+        ),
+        Claim(
+            name="dpo_best",
+            text="Highest mean reward of a DPO policy; the base model has about −0.1",
+            source=PAPER,
+            measure=lambda rows: max(column(of(rows, method="dpo"), "reward")),
+            above=1.0,
+        ),
+        Claim(
+            name="best_of_n_bound",
+            text="KL of the best of N minus log N − (N − 1)/N, the largest of all N; ties make it "
+            "smaller",
+            source="Beirami et al. 2024, theorem 1",
+            measure=best_of_excess,
+            below=1e-4,
+        ),
+        Claim(
+            name="best_of_n_gap",
+            text="Reward of the frontier minus that of the best of N by true reward, the largest "
+            "of all N",
+            source="Gao et al. 2023, Fig. 1",
+            measure=best_of_gap,
+            below=0.2,
+        ),
+        Claim(
+            name="dpo_is_faster",
+            text="Seconds of PPO with a learned reward divided by those of DPO, reward model and "
+            "preparation included",
+            source="Rafailov et al. 2023, section 1",
+            measure=time_ratio,
+            above=1.5,
+            full_only=True,
+        ),
+    ),
+    pictures=(
+        Picture(
+            name="frontier",
+            caption="Mean true reward (−3 to 3) against KL divergence from the base model in nats "
+            "per answer; both are exact means over four prompts. Each point is a policy of one "
+            "seed and setting, at one of five steps of its training; best of N has N from 2 to "
+            "256. Lines: the optimum of every β, one line per seed. Three seeds.",
+            draw=draw_reward_kl,
+            size=(8.0, 5.2),
+        ),
+        Picture(
+            name="cost",
+            caption="Reward of a method, the mean of the best within 0.25, 0.5, 0.75, 1, 1.5 and "
+            "2 nats, against the cost of one of its runs (mean of three settings). Tokens are "
+            "those of answers: sampled ones of the pairs and of PPO, trained ones once per pass. "
+            "One point per seed.",
+            draw=draw_cost,
+            size=(9.0, 3.8),
+        ),
+    ),
+    tables=(
+        Table(
+            name="methods",
+            caption="Each method and setting after its last step, means of three seeds. Reward "
+            "and KL are exact. ROUGE-L: F1 of the most probable answer and the chosen answers of "
+            "held-out pairs. Perplexity: per token, of the reviews that people write in this "
+            "world. Seconds: of one run, preparation and reward model included, measurements "
+            "not. Peak memory: MLX's, beyond what was in use before. Best of N has to sample N "
+            "answers for each one that it gives.",
+            compute=tabulate,
+        ),
+    ),
+    deviations=(
+        "The paper's labels follow the reward without noise, and there are 150,000 pairs. Here "
+        "labels follow the Bradley–Terry model, whose β has a closed-form optimum, and pairs are "
+        "about 5,800.",
+        "PPO with the true reward gets 2,048 exact rewards of its own samples. A label tells less "
+        "than a reward, so that the comparison favours PPO. The paper finds DPO above it; this "
+        "study measures the opposite.",
+        "The paper varies the target KL of PPO (3 to 9 nats); here PPO has the same β as DPO, "
+        "without an adaptive coefficient. Four settings per method are three here.",
+        "The base model was made to answer the system message with π\\* of β = 1/0.7, so that the "
+        "message lies near the frontier by construction.",
+        "The same four prompts are trained and measured; there is no transfer to new prompts.",
+    ),
+    sources=(
+        "Rafailov et al. 2023, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)",
+        "Schulman et al. 2017, PPO, [arXiv:1707.06347](https://arxiv.org/abs/1707.06347)",
+        "Stiennon et al. 2020, [arXiv:2009.01325](https://arxiv.org/abs/2009.01325)",
+        "Gao et al. 2023, [arXiv:2210.10760](https://arxiv.org/abs/2210.10760)",
+        "Beirami et al. 2024, [arXiv:2401.01879](https://arxiv.org/abs/2401.01879)",
+    ),
+)
+
+if __name__ == "__main__":
+    main(STUDY)
