@@ -79,16 +79,27 @@ class AnswerSpace:
         ]
         self.index = {answer: index for index, answer in enumerate(self.answers)}
 
-    def logps(self, model: nn.Module, prompt: str, *, system: str | None = None) -> np.ndarray:
+    def logps(
+        self,
+        model: nn.Module,
+        prompt: str,
+        *,
+        system: str | None = None,
+        temperature: float = 1.0,
+    ) -> np.ndarray:
         """Return log π(y|x) of every answer, in the order of `answers`, in nats. They sum to one.
 
         The last one is the log-prob of giving none of the listed answers.
+
+        Args:
+            temperature: sampling temperature of each token; 0 for greedy decoding.
         """
         ids = [self.vocabulary.ids[word] for word in self.words]
         tokens, cache = [self.vocabulary.prompt_ids(prompt, system)], make_prompt_cache(model)
         sums, found = np.zeros(1), []
         for length in range(self.longest + 1):
             logps = _to_logps(model(mx.array(tokens), cache=cache)[:, -1])
+            logps = temper(logps, temperature)
             if length:
                 found.append(sums + logps[:, END])
             if length < self.longest:
@@ -103,9 +114,33 @@ class AnswerSpace:
         rest = max(1.0 - np.exp(listed).sum(), 1e-300)
         return np.append(listed, np.log(rest))
 
-    def all_logps(self, model: nn.Module, prompts: Sequence[str]) -> np.ndarray:
+    def all_logps(
+        self, model: nn.Module, prompts: Sequence[str], *, temperature: float = 1.0
+    ) -> np.ndarray:
         """Return log π(y|x) of every answer to every prompt. (prompts, answers)"""
-        return np.stack([self.logps(model, prompt) for prompt in prompts])
+        return np.stack([self.logps(model, prompt, temperature=temperature) for prompt in prompts])
+
+    def temper(self, logps: np.ndarray, temperature: float) -> np.ndarray:
+        """Return log-probs of answers whose tokens are sampled at `temperature`. (answers)
+
+        The conditional probabilities of tokens follow from `logps`, the log-probs of the answers at
+        temperature 1. Answers that are not listed are left out: they get no probability.
+        """
+        count = len(self.words)
+        sizes = np.cumsum([count**length for length in range(1, self.longest)])
+        ends = [
+            part.reshape((count,) * length)
+            for length, part in enumerate(np.split(logps[:-1], sizes), start=1)
+        ]
+        masses = [ends[-1]]  # log-probs of the answers that begin with a prefix, longest first
+        for end in reversed(ends[:-1]):
+            masses.append(np.logaddexp(end, np.logaddexp.reduce(masses[-1], axis=-1)))
+        sums, found = temper(masses[-1], temperature), []
+        for end, longer in zip(ends[:-1], reversed(masses[:-1]), strict=True):
+            tokens = temper(np.concatenate([end[..., None], longer], axis=-1), temperature)
+            found.append((sums + tokens[..., 0]).ravel())
+            sums = sums[..., None] + tokens[..., 1:]
+        return np.concatenate([*found, sums.ravel(), [-np.inf]])
 
 
 def kl_divergence(logps: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -122,6 +157,17 @@ def normalize(logps: np.ndarray) -> np.ndarray:
     """Return log-probs of the distribution that is proportional to exp(logps)."""
     shifted = logps - logps.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def temper(logps: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the log-probs of tokens sampled at a temperature; 0 for greedy decoding. (..., V)
+
+    p_T(v) ∝ p(v)^(1/T)
+    """
+    if temperature > 0:
+        return normalize(logps / temperature)
+    is_most_likely = np.arange(logps.shape[-1]) == logps.argmax(axis=-1, keepdims=True)
+    return np.where(is_most_likely, 0.0, -np.inf)
 
 
 def optimal_policy(reference: np.ndarray, rewards: np.ndarray, beta: float) -> np.ndarray:

@@ -72,6 +72,28 @@ def human_reviews() -> dict[str, dict[str, float]]:
     return reviews
 
 
+def sample_pairs(logps: np.ndarray, count: int, draw: np.random.Generator) -> list[dict[str, str]]:
+    """Return pairs of different answers of a policy, with sampled Bradley-Terry labels.
+
+    p(w is preferred to l) = sigmoid(r(w) - r(l)); the subjects take turns.
+
+    Args:
+        logps: log π(y|x) of every answer in `SPACE` to every subject. (subjects, answers)
+    """
+    rows: list[dict[str, str]] = []
+    while len(rows) < count:
+        subject = len(rows) % len(SUBJECTS)
+        weights = np.exp(logps[subject, :-1])
+        first, second = draw.choice(len(weights), size=2, p=weights / weights.sum())
+        if first == second:
+            continue
+        if draw.random() > 1 / (1 + np.exp(REWARDS[second] - REWARDS[first])):
+            first, second = second, first
+        answers = {"chosen": SPACE.answers[first], "rejected": SPACE.answers[second]}
+        rows.append({"prompt": SUBJECTS[subject], **answers})
+    return rows
+
+
 def make_reviewer(folder: Path, *, seed: int, steps: int = 500) -> Path:
     """Write the base model, which reviews as people do; return `folder`.
 
