@@ -292,19 +292,19 @@ def draw_win_rates(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     labels = {"x_label": "sampling temperature", "y_label": "win rate against people's reviews"}
     axes = add_axes(figure, 1, 2, 1, **labels, title="exact", ylim=(0, 1.02))
     axes.axhline(0.5, color=theme.ink, linewidth=0.8, linestyle=(0, (1, 3)))
+    axes.set_xticks(TEMPERATURES)
     for index, method in enumerate(METHODS):
         chosen = of(rows, method=method)
         draw_spread(axes, theme, index, chosen, "temperature", "win_rate", label=method)
     labels["y_label"] = "sampled − exact win rate"
     axes = add_axes(figure, 1, 2, 2, **labels, title="package's sampler")
     axes.axhline(0, color=theme.ink, linewidth=0.8)
-    for index, method in enumerate(METHODS):
-        chosen = sampled(of(rows, method=method))
-        if not chosen:
-            continue
-        seeds = distinct(rows, "seed")
+    axes.set_xticks(TEMPERATURES[1:])
+    seeds = distinct(rows, "seed")
+    for place, method in enumerate(("DPO", "base", "preferred-FT"), start=-1):
+        index, chosen = METHODS.index(method), sampled(of(rows, method=method))
         places = [
-            float(row["temperature"]) + 0.025 * (index - 1.5) + 0.008 * seeds.index(row["seed"])
+            float(row["temperature"]) + 0.05 * place + 0.012 * (seeds.index(row["seed"]) - 1)
             for row in chosen
         ]
         gaps = np.array(column(chosen, "sampled_win_rate")) - column(chosen, "win_rate")
