@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from click import ClickException
 from click.testing import CliRunner
 
 from scripts.studies import NAMES
@@ -147,7 +148,7 @@ def test_without_rows_there_is_one_line(tmp_path):
 
 def test_rows_without_a_run_are_refused(folder):
     (folder / "runs.csv").unlink()
-    with pytest.raises(ValueError, match="no run of toy"):
+    with pytest.raises(ClickException, match="no run of toy"):
         evidence_page.page(folder)
 
 

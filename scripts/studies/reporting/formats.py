@@ -6,6 +6,7 @@ import re
 from scripts.studies.reporting.study import Claim
 
 MAX_DECIMALS = 7
+SMALLEST = 1e-100
 TIMES = "\u00a0×\u00a0"  # no line break within a number
 EXPONENTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -13,8 +14,11 @@ EXPONENTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def format_number(value: float, digits: int = 3) -> str:
     """Return a number with so many significant digits, small and large ones as m × 10ⁿ.
 
-    A number just below 1 gets as many digits as its distance from 1 needs: 0.999998.
+    A number just below 1 gets as many digits as its distance from 1 needs: 0.999998. A number
+    below 1e-100, which stands for the logarithm of zero somewhere, is 0.
     """
+    if abs(value) < SMALLEST:
+        return "0"
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
     if value and not 1e-3 <= abs(value) < 1e5:
@@ -28,8 +32,8 @@ def format_number(value: float, digits: int = 3) -> str:
 
 def format_bound(claim: Claim) -> str:
     """Return the bound of a claim as text, such as `< 0.01`, with spaces that do not break."""
-    sides = [f">\u00a0{_plain(f'{claim.above:g}')}"] * (claim.above > -math.inf)
-    sides += [f"<\u00a0{_plain(f'{claim.below:g}')}"] * (claim.below < math.inf)
+    sides = [f">\u00a0{format_number(claim.above)}"] * (claim.above > -math.inf)
+    sides += [f"<\u00a0{format_number(claim.below)}"] * (claim.below < math.inf)
     return " and ".join(sides)
 
 

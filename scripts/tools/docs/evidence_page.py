@@ -7,13 +7,13 @@ python -m scripts.tools.docs.evidence_page --rows FOLDER --docs FOLDER     other
 import hashlib
 import html
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import click
+from click import ClickException
 
 from mlx_dpo.reporting.plots import DARK, LIGHT
 from scripts.studies import NAMES, load_study
@@ -99,7 +99,7 @@ def read_results(folder: Path = csv_rows.FOLDER) -> Iterator[Result]:
     """Yield the result of every study that has rows in a folder.
 
     Raises:
-        ValueError: a study has rows, but its run is not in runs.csv.
+        ClickException: a study has rows, but its run is not in runs.csv.
     """
     runs = folder / csv_rows.RUNS.name
     known = {str(run["study"]): run for run in (read_rows(runs) if runs.exists() else [])}
@@ -108,7 +108,7 @@ def read_results(folder: Path = csv_rows.FOLDER) -> Iterator[Result]:
         if not path.exists():
             continue
         if name not in known:
-            raise ValueError(f"{runs}: it has no run of {name}; run the study again")
+            raise ClickException(f"{runs}: it has no run of {name}; run the study again")
         rows, study, run = read_rows(path), load_study(name), known[name]
         findings = check_claims(study, rows, quick=run["form"] == "quick")
         yield Result(study, rows, run, tuple(findings))
@@ -118,11 +118,11 @@ def page(folder: Path = csv_rows.FOLDER) -> str:
     """Return the page as Markdown, from the rows in a folder.
 
     Raises:
-        ValueError: no study has rows.
+        ClickException: no study has rows.
     """
     results = list(read_results(folder))
     if not results:
-        raise ValueError(f"{folder}: no study has rows; run `python -m scripts.studies.NAME`")
+        raise ClickException(f"{folder}: no study has rows; run `python -m scripts.studies.NAME`")
     missing = [f"`{n}`" for n in NAMES if n not in {result.study.name for result in results}]
     parts = [HEAD, _summary(results)]
     parts += [NO_ROWS.format(names=", ".join(missing))] * bool(missing)
@@ -278,10 +278,7 @@ def _mutations(rows: Rows) -> str:
 @click.option("--docs", type=click.Path(path_type=Path), default=DOCS)
 def main(rows: Path, docs: Path) -> None:
     """Write the page and the pictures."""
-    try:
-        text = page(rows)
-    except ValueError as error:
-        sys.exit(str(error))
+    text = page(rows)
     write_pictures(rows, docs)
     (docs / PAGE.name).write_text(text, encoding="utf-8")
 
