@@ -10,7 +10,7 @@ from importlib import import_module
 
 from scripts.studies.reporting.study import Study
 
-NAMES = ("optimum", "temperature", "near_duplicates")
+NAMES = ("optimum", "temperature", "near_duplicates", "overoptimization")
 
 
 def load_study(name: str) -> Study:

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.saved_runs.respond import ModelResponder, open_responder
+from scripts.studies.baselines.best_of import best_of
 from scripts.studies.reporting.command import main
 from scripts.studies.reporting.figures import add_axes, add_legend, draw_spread, line_style
 from scripts.studies.reporting.study import (
@@ -105,19 +106,6 @@ def win_rate(probabilities: np.ndarray, chances: np.ndarray) -> tuple[float, flo
     rates = (probabilities * chances).sum(axis=-1)
     variances = (probabilities * chances**2).sum(axis=-1) - rates**2
     return float(rates.mean()), math.sqrt(max(0.0, variances.mean()))
-
-
-def best_of(logps: np.ndarray, rewards: np.ndarray, count: int) -> np.ndarray:
-    """Return log-probs of the answer with the highest reward among `count` samples. (answers)
-
-    P(y) = p(y) (F(r)^n - F(r-)^n) / P(r): among equal rewards r each answer keeps its share.
-    """
-    levels, level = np.unique(rewards, return_inverse=True)
-    mass = np.bincount(level, np.exp(logps), len(levels))
-    below = np.minimum(np.concatenate([[0.0], np.cumsum(mass)]), 1.0) ** count
-    shares = np.divide(np.diff(below), mass, out=np.zeros_like(mass), where=mass > 0)
-    with np.errstate(divide="ignore"):
-        return logps + np.log(shares[level])
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, int]:
@@ -223,7 +211,7 @@ def run(scale: Scale) -> Iterator[Row]:
         for temperature in temperatures:
             tempered = np.stack([SPACE.temper(logps, temperature) for logps in optimum])
             tempered_base = SPACE.all_logps(base.base.model, SUBJECTS, temperature=temperature)
-            best = np.stack([best_of(logps, REWARDS, BEST_OF) for logps in tempered_base])
+            best = best_of(tempered_base, REWARDS, BEST_OF)
             for method, logps in ((OPTIMUM, tempered), (BEST, best)):
                 yield _row(seed, method, temperature, np.exp(logps)) | NOT_SAMPLED
             for method, policy in policies.items():

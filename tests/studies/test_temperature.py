@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from scripts.studies.baselines.best_of import best_of
 from scripts.studies.temperature import (
-    best_of,
     chi_square,
     normal_score,
     win_chances,
@@ -45,14 +45,6 @@ def test_ties_count_half():
     assert (rate, deviation) == pytest.approx((0.5, (0.75 * 0.125**2 + 0.25 * 0.375**2) ** 0.5))
 
 
-def test_best_of_two():
-    logps = np.log([0.5, 0.2, 0.3])
-    assert np.exp(best_of(logps, np.array([0, 1, 1]), 2)) == pytest.approx([0.25, 0.3, 0.45])
-    assert np.exp(best_of(np.log([0.25] * 4), np.arange(4), 2)) == pytest.approx(
-        np.array([1, 3, 5, 7]) / 16
-    )
-
-
 def test_rare_answers_share_a_cell():
     counts = np.array([60.0, 30, 6, 4])
     assert chi_square(counts, np.array([0.5, 0.4, 0.06, 0.04])) == pytest.approx((4.5, 2))
@@ -70,3 +62,8 @@ def test_normal_score_of_quantiles():
     # 95 % and 99.9 % quantiles of the chi-square distribution with 30 degrees of freedom
     assert normal_score(43.773, 30) == pytest.approx(1.645, abs=0.01)
     assert normal_score(59.703, 30) == pytest.approx(3.090, abs=0.02)
+
+
+def test_the_best_of_greedy_answers_is_the_greedy_answer():
+    logps = np.array([-np.inf, 0.0, -np.inf])
+    assert best_of(logps, np.array([2.0, 1.0, 0.0]), 128).tolist() == logps.tolist()

@@ -32,7 +32,7 @@ def _best_of(logps: np.ndarray, rewards: np.ndarray, count: int) -> np.ndarray:
     up_to = np.minimum(np.cumsum(mass) / mass.sum(), 1.0)
     below = np.append(0.0, up_to[:-1])
     chance = np.maximum(up_to**count - below**count, SMALLEST)
-    return logps + np.log(chance[level]) - np.log(mass[level])
+    return logps + np.log(chance[level]) - np.log(np.maximum(mass, SMALLEST)[level])
 
 
 def kl_bound(count: int) -> float:
