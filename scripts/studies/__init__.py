@@ -8,6 +8,7 @@
 
 from importlib import import_module
 
+import mlx_dpo  # noqa: F401 (loads OpenBLAS, which has to come before the first import of MLX)
 from scripts.studies.reporting.study import Study
 
 NAMES = ("optimum", "temperature", "near_duplicates", "overoptimization")
