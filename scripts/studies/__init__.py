@@ -11,7 +11,13 @@ from importlib import import_module
 import mlx_dpo  # noqa: F401 (loads OpenBLAS, which has to come before the first import of MLX)
 from scripts.studies.reporting.study import Study
 
-NAMES = ("optimum", "temperature", "near_duplicates", "overoptimization")
+NAMES = (
+    "optimum",
+    "temperature",
+    "near_duplicates",
+    "ipo_bandit",
+    "overoptimization",
+)
 
 
 def load_study(name: str) -> Study:
