@@ -14,6 +14,7 @@ from scripts.studies.reporting.study import Study
 NAMES = (
     "optimum",
     "temperature",
+    "likelihood_displacement",
     "near_duplicates",
     "ipo_bandit",
     "overoptimization",
