@@ -13,6 +13,7 @@ from scripts.studies.reporting.study import Study
 
 NAMES = (
     "optimum",
+    "reward_kl",
     "temperature",
     "likelihood_displacement",
     "near_duplicates",

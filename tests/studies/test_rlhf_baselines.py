@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from scripts.studies.baselines import answer_tokens, ppo, reward_model, unlikelihood
+from scripts.studies.baselines import (
+    answer_tokens,
+    kl_levels,
+    ppo,
+    reward_model,
+    unlikelihood,
+)
 from scripts.studies.baselines.best_of import best_of, kl_bound
 from scripts.studies.toy.exact import OTHER, answer_logps, kl_divergence
 from scripts.studies.toy.words import END, USER, Words, write_checkpoint
@@ -208,3 +214,13 @@ def test_the_best_of_many_has_finite_log_probs():
     best = best_of(logps, np.array([0.0, 1.0]), 256)
     assert np.isfinite(best).all()
     assert kl_divergence(best, logps) == pytest.approx(-math.log(0.999))
+
+
+def test_rewards_at_kl_levels_are_read_from_the_concave_hull():
+    points = [("base", 0, 0), ("dpo", 1.0, 1.0), ("dpo", 0.8, 0.2), ("dpo", 3.0, 2.0)]
+    rows = [{"method": method, "kl": kl, "reward": reward} for method, kl, reward in points]
+    assert kl_levels.best_within(rows, "dpo", 0.5) == pytest.approx(0.5)
+    assert kl_levels.best_within(rows, "dpo", 0.9) == pytest.approx(0.9)
+    assert kl_levels.best_within(rows, "dpo", 2.0) == pytest.approx(1.5)
+    assert kl_levels.best_within(rows, "dpo", 4.0) == pytest.approx(2.0)
+    assert kl_levels.best_within(rows, "ppo", 4.0) == 0

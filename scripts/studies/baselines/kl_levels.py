@@ -8,7 +8,7 @@ import numpy as np
 
 from scripts.studies.reporting.study import Rows, column, of
 
-LEVELS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # nats
+LEVELS = (0.5, 0.75, 1.0, 1.5, 2.0)  # nats
 
 
 def frontier(rows: Rows, kl: float) -> float:
@@ -18,9 +18,20 @@ def frontier(rows: Rows, kl: float) -> float:
 
 
 def best_within(rows: Rows, method: str, kl: float) -> float:
-    """Return the highest reward of a method's policies with at most this KL; the base is one."""
+    """Return the highest reward that a method's policies reach with at most this KL, if mixed.
+
+    This is their upper concave hull, the base model included: KL is convex, so that a policy which
+    follows one of two at random has at most the mean of their KL divergences.
+    """
     known = [*of(rows, method=method), *of(rows, method="base")]
-    return max(float(row["reward"]) for row in known if float(row["kl"]) <= kl)
+    points = np.array([column(known, "kl"), column(known, "reward")]).T
+    near, far = points[points[:, 0] <= kl], points[points[:, 0] > kl]
+    mixed = [
+        low + (high - low) * (kl - left) / (right - left)
+        for left, low in near
+        for right, high in far
+    ]
+    return float(max([*near[:, 1], *mixed]))
 
 
 def lead(rows: Rows, first: str, second: str) -> list[float]:

@@ -24,12 +24,12 @@ from scripts.studies.toy.reviews import LOWEST, SUBJECTS, VOCABULARY
 from scripts.studies.toy.train import train_by_steps
 
 BATCH = 64  # pairs per step, and answers per iteration of PPO
-STEPS, WARMUP, ITERATIONS = 144, 14, 32
+STEPS, WARMUP, ITERATIONS = 96, 10, 24
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a run, where its policy is measured
 RATES = {  # learning rate of each method
     "dpo": 3e-4,
-    "preferred_ft": 3e-4,
-    "unlikelihood": 3e-4,
+    "preferred_ft": 1e-3,
+    "unlikelihood": 1e-3,
     "reward_model": 1e-3,
     "ppo": 4e-4,
     "critic": 1e-3,
