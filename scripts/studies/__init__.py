@@ -13,6 +13,7 @@ from scripts.studies.reporting.study import Study
 
 NAMES = (
     "optimum",
+    "optimum_other_losses",
     "reward_kl",
     "temperature",
     "likelihood_displacement",
