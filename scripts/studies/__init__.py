@@ -20,6 +20,7 @@ NAMES = (
     "near_duplicates",
     "ipo_bandit",
     "overoptimization",
+    "lora_and_bits",
 )
 
 
