@@ -156,7 +156,7 @@ MUTATIONS = (
         "β",
         "IPO's target is 1/β instead of 1/(2β).",
         (Edit(PAIRWISE, "mx.square(margin - 1 / (2 * beta))", "mx.square(margin - 1 / beta)"),),
-        ("optimum_other_losses",),
+        ("ipo_bandit",),
     ),
 )
 
