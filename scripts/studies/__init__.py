@@ -19,6 +19,7 @@ NAMES = (
     "likelihood_displacement",
     "near_duplicates",
     "ipo_bandit",
+    "label_noise",
     "length",
     "overoptimization",
     "lora_and_bits",
