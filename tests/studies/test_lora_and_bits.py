@@ -10,7 +10,7 @@ from mlx_dpo.models.load import load_tokenizer
 from mlx_dpo.paths import tiny_chat
 from scripts.studies import lora_and_bits as study
 from scripts.studies.lora.cells import FULL_RATES, FUSED, LORA_RATES, MAIN, QLORA
-from scripts.studies.lora.pictures import best_cell, full_cell
+from scripts.studies.lora.pictures import best_cell, full_cell, value
 from scripts.studies.lora.shipped_model import (
     Text,
     mean_kl,
@@ -96,4 +96,4 @@ def test_what_fusing_leaves_is_a_share_of_the_margin_before():
     ]
     assert study.fused_share(rows, QLORA, 8) == 0.75
     assert study.fused_share(rows, QLORA, 4) == 0.25
-    assert np.isclose(study.value(rows, QLORA, "margin"), 4.0)
+    assert np.isclose(value(rows, QLORA, "margin"), 4.0)
