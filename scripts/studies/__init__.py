@@ -23,6 +23,7 @@ NAMES = (
     "length",
     "overoptimization",
     "lora_and_bits",
+    "on_policy",
 )
 
 
