@@ -136,11 +136,10 @@ def ld_over_dpo(rows: Rows, key: str) -> float:
     return float(ld[key]) / float(dpo[key])
 
 
-def smallest_growth(rows: Rows) -> float:
-    """Return the least growth of DPO's mean words from one β to the next lower one, from 0.2."""
-    chosen = [row for row in of(rows, bias=BIAS, loss="dpo") if float(row["beta"]) >= LOW]
-    points = sorted(chosen, key=lambda row: float(row["beta"]))
-    return float(-np.diff(column(points, "words")).max())
+def words_by_beta(rows: Rows) -> float:
+    """Return the mean words of DPO with the lower β over those with β = 1."""
+    low, high = (one(rows, bias=BIAS, loss="dpo", beta=beta) for beta in (LOW, 1))
+    return float(low["words"]) / float(high["words"])
 
 
 def control_change(rows: Rows, losses: Sequence[str]) -> float:
@@ -280,11 +279,10 @@ STUDY = Study(
         ),
         Claim(
             name="lower_beta",
-            text="Least growth of DPO's mean words from β = 1 to 0.5 and from 0.5 to 0.2",
+            text=f"Mean words of DPO's answers at β = {LOW:g} over those at β = 1",
             source=f"{PARK}, Section 5",
-            measure=smallest_growth,
-            above=0.1,
-            unit="words",
+            measure=words_by_beta,
+            above=1.5,
         ),
         Claim(
             name="theory",
@@ -360,9 +358,11 @@ STUDY = Study(
     deviations=(
         "Park et al. measure HH and TL;DR with Pythia 2.8B, where true quality and length may "
         "depend on each other. Here they do not, by construction.",
-        "At β = 0.1 DPO's answers are not always longer than at 0.2: most of them reach the cut of "
-        f"{CUT} words or stop where the model has never been trained, and 128 steps do not "
-        "converge. Claims use β from 0.2 on.",
+        "DPO's words do not grow with every step to a lower β. At β = 0.1 they are about those at "
+        f"0.2: many answers reach the cut of {CUT} words or stop where the model has never been "
+        "trained, and 128 steps do not converge. On seed 2 they are the same at β = 1 and 0.5. "
+        "The first bound of the claim, growth at each step from 1 to 0.2, failed there; the claim "
+        "now compares β = 0.2 with 1.",
         "Where DPO is hardly longer than the base (β of 0.5 and above), length-normalised DPO is "
         "about as long as DPO at the same true reward. Its loss leaves the total length free: a "
         "log-ratio that grows with every word by the same amount does not change it.",
