@@ -95,9 +95,13 @@ def exo_share(rows: Rows) -> float:
 
 
 def largest_dpo_share(rows: Rows) -> float:
-    """Return the largest share of the preferred answer after DPO where DPO's π* has below half."""
+    """Return the largest share of the preferred answer after DPO where DPO's π* has below half.
+
+    It is NaN if there is no such prompt.
+    """
     shares = of(rows, loss="DPO", quantity=SHARE)
-    return max(float(row["measured"]) for row in shares if float(row["expected"]) < 0.5)
+    below = [float(row["measured"]) for row in shares if float(row["expected"]) < 0.5]
+    return max(below, default=float("nan"))
 
 
 def table_of_losses(rows: Rows) -> Rows:
