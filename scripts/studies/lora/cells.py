@@ -28,18 +28,17 @@ from scripts.studies.lora.shipped_model import (
     tokenize,
 )
 from scripts.studies.reporting.study import Row
-from scripts.studies.toy.train import train_by_steps, write_rows
+from scripts.studies.toy.train import train_by_steps
 
 BETA, STEPS, BATCH = 1.0, 24, 16
 PROMPTS, KL_PROMPTS = 200, 100  # held-out prompts that are answered, and those of the KL
 MODEL_BITS = 16  # of the shipped weights
 WIDTH, ALPHA = 192, 32.0  # of its hidden states; of LoRA, by default
 GROUP = 64  # weights that share a scale, by default
-FUSE_PAIRS = 64  # on which the package measures retention
 BASE, LORA, FULL, FUSED = "base", "lora", "full", "fused"
 # Multiples of the package's default learning rate; the middle ones had the best reward.
-LORA_RATES, FULL_RATES = (1, 2, 4), (2, 4, 8)
-LORA_RATE, FULL_RATE = 2, 4
+LORA_RATES, FULL_RATES = (1, 2, 4), (4, 8, 16)
+LORA_RATE, FULL_RATE = 2, 8
 RANK, RANKS = 16, (1, 4, 16, 64)
 BITS = (8, 4, 3, 2)
 
@@ -217,11 +216,9 @@ class Bench:
 
     def fuse(self, cell: Cell, bits: int) -> Row:
         """Fuse a run at these bits with the package, and measure the written model."""
-        pairs = write_rows(self.folder / "fuse-pairs.jsonl", preferences("valid")[:FUSE_PAIRS])
+        pairs = str(self.model / "preferences" / "valid.jsonl")
         output = self.folder / f"fused-{self.seed}-{cell.bits}-{bits}"
-        options = FuseOptions(
-            bits=None if bits == MODEL_BITS else bits, pairs=str(pairs), force=True
-        )
+        options = FuseOptions(bits=bits, pairs=pairs, force=True)
         fused = fuse_run(str(self.run_folder(cell)), output, options)
         written = self.logps(load_model(str(output)))
         gain = written - self.base(cell.bits).logps

@@ -63,7 +63,7 @@ def best_cell(rows: Rows, method: str) -> Cell:
 
 def draw_bits(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     """Draw reward, perplexity and distance from 16 bits by the bits of the base."""
-    reward = add_axes(figure, 1, 3, 1, x_label="bits of the base", y_label="courteous and correct")
+    reward = add_axes(figure, 1, 3, 1, x_label="bits of the base", y_label="polite and correct")
     perplexity = add_axes(figure, 1, 3, 2, x_label="bits of the base", y_label="perplexity")
     distance = add_axes(
         figure, 1, 3, 3, x_label="bits of the base", y_label="KL from 16 bits (nats)", yscale="log"
@@ -78,6 +78,7 @@ def draw_bits(figure: "Figure", rows: Rows, theme: "Theme") -> None:
         draw_spread(distance, theme, index, quantized, "bits", "distance", label=label)
     for axes in (reward, perplexity, distance):
         axes.set_xscale("log", base=2)
+        axes.set_xlim(1.8, 18)
         axes.set_xticks([2, 3, 4, 8, 16], labels=["2", "3", "4", "8", "16"])
         axes.set_xticks([], minor=True)
     reward.set_ylim(0, 1)
@@ -98,9 +99,9 @@ def draw_intervals(
 
 def draw_rates_and_ranks(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     """Draw reward by learning rate, correct answers by margin, and reward by rank."""
-    good = "courteous and correct"
+    good = "polite and correct"
     rates = add_axes(figure, 1, 3, 1, x_label="learning rate", y_label=good, xscale="log")
-    kept = add_axes(figure, 1, 3, 2, x_label="held-out margin", y_label="correct")
+    kept = add_axes(figure, 1, 3, 2, x_label="held-out margin (nats)", y_label="correct")
     ranks = add_axes(figure, 1, 3, 3, x_label="rank", y_label=good)
     plain = of(rows, bits=MODEL_BITS)
     groups = (
@@ -123,6 +124,8 @@ def draw_rates_and_ranks(figure: "Figure", rows: Rows, theme: "Theme") -> None:
         linewidth=1.2,
         label="base",
     )
+    rates.set_xticks([0.001, 0.002, 0.005], labels=["0.001", "0.002", "0.005"])
+    rates.set_xticks([], minor=True)
     ranks.set_xscale("log", base=2)
     ranks.set_xticks(RANKS, labels=list(map(str, RANKS)))
     ranks.set_xticks([], minor=True)
