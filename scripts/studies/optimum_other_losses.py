@@ -188,7 +188,7 @@ CLAIMS = (
         name="kto_majority",
         text="Share of prompts and seeds in which KTO on contradictory labels makes the answer "
         "that most labels prefer more likely than the other",
-        source="Ethayarajh et al. 2024, theorem on contradictory preferences",
+        source="Ethayarajh et al. 2024, Theorem 4.3 (contradictory preferences)",
         measure=majority_share,
         above=0.9,
         pooled=True,
@@ -197,7 +197,7 @@ CLAIMS = (
         name="dpo_minority",
         text="π(a)/(π(a) + π(b)) after DPO with β = 1, where "
         "p^(1/β) π_ref(a) < (1 − p)^(1/β) π_ref(b): the largest of these prompts",
-        source="Ethayarajh et al. 2024, theorem on contradictory preferences",
+        source="Ethayarajh et al. 2024, Theorem 4.3 (contradictory preferences)",
         measure=largest_dpo_share,
         below=0.5,
     ),
@@ -268,14 +268,19 @@ STUDY = Study(
     deviations=(
         "IPO: the paper sums log-probs. The package averages them over tokens, as TRL does, so "
         "that for two answers of n tokens its β is the paper's τ times n.",
+        "BCO: the paper subtracts a running mean of rewards; the package does not, as TRL does "
+        "not. The closed form is that of the loss without it.",
         "The losses of margins do not determine the total probability of the compared answers; "
         "scores of f-divergences are compared with rewards up to a constant per prompt.",
         "KTO has no finite optimum: log-ratios grow without bound (up: until the answer has "
         "probability 1), so that only directions are claimed. The theorem on contradictory "
         "preferences is about the optimum, and training can miss it: with β = 0.5 or 1 (learning "
         "rates 1e-4 to 3e-3) both answers became unlikely for p = 0.55 and 0.65, since the loss "
-        "saturates for an answer that has been pushed down together with the other. We use "
-        "β = 0.1, the default, and learning rate 3e-4.",
+        "saturates for an answer that has been pushed down together with the other. We use β = "
+        "0.1, the default, and learning rate 3e-4. The theorem holds for KTO with every β, but "
+        "DPO's optimum depends on β: with β = 0.1 it would prefer the majority's answer for p of "
+        "0.65 and above. The two claims about contradictory labels differ in β as well as in the "
+        "loss.",
         "f-divergences are trained with learning rate 1e-3, forward KL with 3e-4: its gradients "
         "grow with π_ref/π, and with 1e-3 to 1e-2 (β = 0.5, 1 and 2, 250 to 600 steps) R² of some "
         "prompts stayed below 0.999 on seeds 0 and 1.",
