@@ -4,6 +4,12 @@
     python -m scripts.studies.optimum --quick     one seed and fewer settings, under a minute
 
 `NAMES` lists them in the order of docs/evidence.md. Each module has a `STUDY`.
+
+    parts/NAME   longer parts of the study NAME
+    toy          small worlds, their base models, and exact probabilities and optima
+    baselines    published methods that the package lacks, such as PPO
+    reporting    what all studies share: claims, rows, figures and the command line
+    mutations    faults that the studies have to find
 """
 
 from importlib import import_module

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.studies.noise.methods import BETA, root_mean_square
-from scripts.studies.noise.sampled_reviews import HELD_OUT, MISJUDGED, PAIRS, run_reviews
-from scripts.studies.noise.words import LABELS, WORD_STEPS, run_words
+from scripts.studies.parts.label_noise.methods import BETA, root_mean_square
+from scripts.studies.parts.label_noise.sampled_reviews import (
+    HELD_OUT,
+    MISJUDGED,
+    PAIRS,
+    run_reviews,
+)
+from scripts.studies.parts.label_noise.words import LABELS, WORD_STEPS, run_words
 from scripts.studies.reporting.command import main
 from scripts.studies.reporting.figures import add_axes, add_legend, draw_spread
 from scripts.studies.reporting.study import Claim, Picture, Row, Rows, Scale, Study, column, of

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.studies.displacement import one_token, refusals, synonyms
-from scripts.studies.displacement.one_token import SCENE, STEPS
-from scripts.studies.displacement.synonyms import CHES, EDITS, LAST, LEAST, MOST
+from scripts.studies.parts.likelihood_displacement import one_token, refusals, synonyms
+from scripts.studies.parts.likelihood_displacement.one_token import SCENE, STEPS
+from scripts.studies.parts.likelihood_displacement.synonyms import CHES, EDITS, LAST, LEAST, MOST
 from scripts.studies.reporting.command import main
 from scripts.studies.reporting.figures import add_axes, add_legend, draw_spread, line_style
 from scripts.studies.reporting.study import (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from scripts.studies.lora.cells import (
+from scripts.studies.parts.lora_and_bits.cells import (
     CELLS,
     FULL,
     FULL_RATES,
@@ -21,7 +21,7 @@ from scripts.studies.lora.cells import (
     Bench,
     Cell,
 )
-from scripts.studies.lora.pictures import (
+from scripts.studies.parts.lora_and_bits.pictures import (
     base_cell,
     best_cell,
     cell_rows,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scripts.studies.loops.runs import (
+from scripts.studies.parts.on_policy.runs import (
     BASE,
     BEST_WORST,
     BETA,

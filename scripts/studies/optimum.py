@@ -4,7 +4,6 @@ python -m scripts.studies.optimum [--quick]
 """
 
 from collections.abc import Iterator
-from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from scripts.studies.reporting.study import (
     of,
 )
 from scripts.studies.toy.base import make_base
+from scripts.studies.toy.bradley_terry import preferences, weighted_pairs
 from scripts.studies.toy.exact import (
     all_answer_logps,
     explained_variance,
@@ -64,22 +64,6 @@ def draw_rewards(seed: int) -> np.ndarray:
     return np.random.default_rng(100 + seed).uniform(-1, 1, (len(PROMPTS), len(ANSWERS)))
 
 
-def expected_pairs(rewards: np.ndarray) -> Iterator[Row]:
-    """Yield every ordered pair of answers once, weighted by its Bradley-Terry probability.
-
-    The mean loss of these rows is the expected loss of sampled labels:
-    p(w is preferred to l) = sigmoid(r(w) - r(l)).
-    """
-    for prompt, values in zip(PROMPTS, rewards, strict=True):
-        for chosen, rejected in permutations(range(len(ANSWERS)), 2):
-            yield {
-                "prompt": prompt,
-                "chosen": ANSWERS[chosen],
-                "rejected": ANSWERS[rejected],
-                "probability": float(1 / (1 + np.exp(values[rejected] - values[chosen]))),
-            }
-
-
 def run(scale: Scale) -> Iterator[Row]:
     """Train a policy per seed and β; yield a row per prompt and answer."""
     for seed in scale.seeds:
@@ -87,14 +71,14 @@ def run(scale: Scale) -> Iterator[Row]:
         base = load_policy(None, model=str(model)).model
         reference = all_answer_logps(base, VOCABULARY, PROMPTS, ANSWERS)
         rewards = draw_rewards(seed)
-        pairs = list(expected_pairs(rewards))
+        pairs = list(weighted_pairs(PROMPTS, ANSWERS, preferences(rewards)))
         for beta in QUICK_BETAS if scale.quick else BETAS:
             policy = train(
                 model,
                 pairs,
                 scale.folder / f"run-{seed}-{beta}",
                 beta=beta,
-                weight_column="probability",
+                weight_column="share",
                 batch_size=len(pairs),
                 micro_batch_size=len(pairs),
                 max_steps=STEPS,

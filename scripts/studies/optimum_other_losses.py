@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.studies.other_losses.losses import PAIR_LOSSES
-from scripts.studies.other_losses.training import (
+from scripts.studies.parts.optimum_other_losses.losses import PAIR_LOSSES
+from scripts.studies.parts.optimum_other_losses.training import (
     DIVERGENCES,
     KTO_WEIGHTS,
     LISTED,
@@ -19,7 +19,6 @@ from scripts.studies.other_losses.training import (
     PROMPTS,
     SHARE,
     Trainer,
-    bradley_terry,
     draw_preferences,
     draw_rewards,
     run_answers,
@@ -30,6 +29,7 @@ from scripts.studies.other_losses.training import (
 from scripts.studies.reporting.command import main
 from scripts.studies.reporting.formats import format_number
 from scripts.studies.reporting.study import Claim, Row, Rows, Scale, Study, Table, column, of
+from scripts.studies.toy.bradley_terry import preferences
 from scripts.studies.toy.exact import explained_variance
 
 
@@ -41,7 +41,7 @@ def run(scale: Scale) -> Iterator[Row]:
         parts.append(
             run_answers(trainer, "IPO, six answers", 0.5, draw_preferences(seed), loss_type="ipo")
         )
-        labels = bradley_terry(draw_rewards(seed))
+        labels = preferences(draw_rewards(seed))
         for name, rate in DIVERGENCES.items():
             more = {"loss_type": "sigmoid", "f_divergence_type": name, "learning_rate": rate}
             parts.append(run_answers(trainer, name, 1.0, labels, **more))

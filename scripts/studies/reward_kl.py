@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mlx_dpo import load_policy
-from scripts.studies.baselines import methods
 from scripts.studies.baselines.best_of import best_of, kl_bound
-from scripts.studies.baselines.kl_levels import (
+from scripts.studies.parts.reward_kl import methods
+from scripts.studies.parts.reward_kl.kl_levels import (
     frontier,
     gap,
     largest_excess,
@@ -21,7 +21,7 @@ from scripts.studies.baselines.kl_levels import (
     mean_reward,
     smallest_lead,
 )
-from scripts.studies.baselines.world import Progress, World, make_world, measure_steps
+from scripts.studies.parts.reward_kl.world import Progress, World, make_world, measure_steps
 from scripts.studies.reporting.command import main
 from scripts.studies.reporting.figures import add_axes, add_legend, line_style
 from scripts.studies.reporting.study import (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scripts.studies.baselines.ches import ches, edit_distance, last_similarity
-from scripts.studies.displacement.one_token import slope_term
+from scripts.studies.parts.likelihood_displacement.one_token import slope_term
 from scripts.studies.toy.exact import rank_correlation
 
 CHOSEN, REJECTED = np.array([[1.0, 0.0], [1.0, 2.0]]), np.array([[3.0, 1.0]])

@@ -9,9 +9,9 @@ import pytest
 from mlx_dpo.models.load import load_tokenizer
 from mlx_dpo.paths import tiny_chat
 from scripts.studies import lora_and_bits as study
-from scripts.studies.lora.cells import FULL_RATES, FUSED, LORA_RATES, MAIN, QLORA
-from scripts.studies.lora.pictures import best_cell, full_cell, value
-from scripts.studies.lora.shipped_model import (
+from scripts.studies.parts.lora_and_bits.cells import FULL_RATES, FUSED, LORA_RATES, MAIN, QLORA
+from scripts.studies.parts.lora_and_bits.pictures import best_cell, full_cell, value
+from scripts.studies.parts.lora_and_bits.shipped_model import (
     Text,
     mean_kl,
     preferences,

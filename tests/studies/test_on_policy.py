@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts.studies import on_policy
-from scripts.studies.loops import runs
+from scripts.studies.parts.on_policy import runs
 from scripts.studies.toy import genres
 from scripts.studies.toy.reviews import REWARDS
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from scripts.studies.toy import population as p
+from scripts.studies.toy.bradley_terry import flip
 
 
 def log_sigmoid(x):
@@ -18,8 +19,8 @@ def minimum(expected_loss):
 
 def test_logits_and_flipped_labels():
     assert p.logit(np.array(0.8)) == pytest.approx(np.log(4))
-    assert p.flip(np.array(0.9), 0.1) == pytest.approx(0.82)  # 0.9 0.9 + 0.1 0.1
-    assert p.flip(np.array(0.5), 0.3) == 0.5
+    assert flip(np.array(0.9), 0.1) == pytest.approx(0.82)  # 0.9 0.9 + 0.1 0.1
+    assert flip(np.array(0.5), 0.3) == 0.5
 
 
 def test_exo_at_certain_and_at_even_preferences():

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from scripts.studies.baselines import (
-    answer_tokens,
-    kl_levels,
-    ppo,
-    reward_model,
-    unlikelihood,
-)
+from scripts.studies.baselines import answer_tokens, ppo, reward_model, unlikelihood
 from scripts.studies.baselines.best_of import best_of, kl_bound
+from scripts.studies.parts.reward_kl import kl_levels
 from scripts.studies.toy.exact import OTHER, answer_logps, kl_divergence
 from scripts.studies.toy.words import END, USER, Words, write_checkpoint
 

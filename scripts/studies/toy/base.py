@@ -20,7 +20,7 @@ def make_base(
     batch_size: int | None = None,
     system: Sequence[tuple[str, str, Mapping[str, float]]] = (),
 ) -> Path:
-    """Write a checkpoint to `folder` that answers about as `answers` says; return `folder`.
+    """Write a checkpoint to `folder` that answers approximately as `answers` says; return `folder`.
 
     The model has random weights and is trained by `--loss-type sft` on all answers, each weighted
     by its probability.

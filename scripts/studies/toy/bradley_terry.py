@@ -1,18 +1,52 @@
-"""Compute what pairwise losses have as minimum when every pair of answers is compared."""
+"""Bradley-Terry labels of all pairs of answers, and the minima of losses on these pairs."""
+
+from collections.abc import Iterator, Sequence
+from itertools import permutations
 
 import numpy as np
+
+from scripts.studies.reporting.study import Row
 
 NEWTON_STEPS = 50
 
 
+def preference(margin: float) -> float:
+    """Return the Bradley-Terry probability of an answer whose reward is higher by `margin`."""
+    return float(1 / (1 + np.exp(-margin)))
+
+
 def preferences(rewards: np.ndarray) -> np.ndarray:
-    """Return the Bradley-Terry probability that row i is preferred to column j. (n,) -> (n, n)"""
-    return 1 / (1 + np.exp(rewards[None, :] - rewards[:, None]))
+    """Return the Bradley-Terry probability that answer i is preferred to j. (..., n, n)
+
+    Args:
+        rewards: rewards of the answers. (..., n)
+    """
+    return 1 / (1 + np.exp(rewards[..., None, :] - rewards[..., :, None]))
+
+
+def weighted_pairs(
+    prompts: Sequence[str], answers: Sequence[str], shares: np.ndarray
+) -> Iterator[Row]:
+    """Yield every ordered pair of answers as a row, weighted by its `share` of the labels.
+
+    The mean loss of these rows is the expected loss of sampled labels.
+
+    Args:
+        shares: share of the labels that prefer answer i to j. (prompts, n, n)
+    """
+    for prompt, values in zip(prompts, shares, strict=True):
+        for chosen, rejected in permutations(range(len(answers)), 2):
+            yield {
+                "prompt": prompt,
+                "chosen": answers[chosen],
+                "rejected": answers[rejected],
+                "share": float(values[chosen, rejected]),
+            }
 
 
 def flip(shares: np.ndarray, rate: float) -> np.ndarray:
     """Return the shares of labels after each label is flipped with probability `rate`."""
-    return rate + (1 - 2 * rate) * shares
+    return (1 - rate) * shares + rate * (1 - shares)
 
 
 def unflip(shares: np.ndarray, rate: float) -> np.ndarray:

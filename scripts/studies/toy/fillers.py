@@ -11,6 +11,7 @@ import numpy as np
 
 from scripts.studies.reporting.study import Row
 from scripts.studies.toy.base import make_base
+from scripts.studies.toy.bradley_terry import preference
 from scripts.studies.toy.sampling import enumerate_samples
 from scripts.studies.toy.words import Words
 
@@ -61,7 +62,7 @@ def sample_pairs(content: np.ndarray, rewards: np.ndarray, bias: float, seed: in
         first, second = draw.choice(len(CONTENT), 2, replace=False, p=content[prompt])
         words = 1 + draw.choice(PAIR_LONGEST, 2, p=lengths)
         gap = rewards[prompt, first] - rewards[prompt, second] + bias * (words[0] - words[1])
-        share = float(1 / (1 + np.exp(-gap)))
+        share = preference(gap)
         texts = answer(first, words[0]), answer(second, words[1])
         for (chosen, rejected), weight in zip(
             (texts, texts[::-1]), (share, 1 - share), strict=True

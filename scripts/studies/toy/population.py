@@ -41,11 +41,6 @@ def logit(probability: Array) -> Array:
     return np.log(probability) - np.log1p(-probability)
 
 
-def flip(probability: Array, share: float) -> Array:
-    """Return the probability of a label if this share of the labels is flipped."""
-    return (1 - share) * probability + share * (1 - probability)
-
-
 def exo_margin(probability: Array, smoothing: float) -> Array:
     """Return βΔ at the minimum of the expected EXO loss."""
     return (2 * probability - 1) * logit(np.array(1 - smoothing))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from scripts.studies.toy.base import make_base
+from scripts.studies.toy.bradley_terry import preference
 from scripts.studies.toy.exact import OTHER, AnswerSpace
 from scripts.studies.toy.words import Words
 
@@ -87,7 +88,7 @@ def sample_pairs(logps: np.ndarray, count: int, draw: np.random.Generator) -> li
         first, second = draw.choice(len(weights), size=2, p=weights / weights.sum())
         if first == second:
             continue
-        if draw.random() > 1 / (1 + np.exp(REWARDS[second] - REWARDS[first])):
+        if draw.random() > preference(REWARDS[first] - REWARDS[second]):
             first, second = second, first
         answers = {"chosen": SPACE.answers[first], "rejected": SPACE.answers[second]}
         rows.append({"prompt": SUBJECTS[subject], **answers})

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mlx_dpo import evaluate_run, load_policy
-from scripts.studies.noise.methods import ERROR, METHODS, returns
+from scripts.studies.parts.label_noise.methods import ERROR, METHODS, returns
 from scripts.studies.reporting.study import Row, Scale
 from scripts.studies.toy import bradley_terry as bt
 from scripts.studies.toy import reviews
@@ -78,7 +78,7 @@ def sample_pairs(reference: np.ndarray, rate: float, number: int, seed: int) -> 
         label, noise = draw.random(2)
         if first != second:
             gap = reviews.REWARDS[first] - reviews.REWARDS[second]
-            prefers_first = (label < 1 / (1 + np.exp(-gap))) != (noise < rate)
+            prefers_first = (label < bt.preference(gap)) != (noise < rate)
             chosen, rejected = (first, second) if prefers_first else (second, first)
             yield {
                 "prompt": reviews.SUBJECTS[prompt],

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dpo import load_policy
-from scripts.studies.noise.methods import (
+from scripts.studies.parts.label_noise.methods import (
     ACCURACY,
     BETA,
     ERROR,
@@ -40,7 +40,7 @@ def run_words(scale: Scale, seed: int, rates: Sequence[float]) -> Iterator[Row]:
     }
     base = make_base(scale.folder / f"words-{seed}", VOCABULARY, answers, seed=seed)
     reference = word_logps(load_policy(None, model=str(base)).model)
-    clean = np.stack([bt.preferences(row) for row in rewards])
+    clean = bt.preferences(rewards)
     for rate in rates:
         expected = bt.flip(clean, rate)
         names = METHODS if rate else ("dpo", "ipo")
@@ -49,7 +49,8 @@ def run_words(scale: Scale, seed: int, rates: Sequence[float]) -> Iterator[Row]:
         runs.append(("counted", "rdpo" if rate else "dpo", counted))
         for form, name, shares in runs:
             output = scale.folder / f"{form}-{seed}-{rate}-{name}"
-            policy = train(base, all_pairs(shares), output, **word_settings(name, rate), seed=seed)
+            pairs = bt.weighted_pairs(PROMPTS, ANSWERS, shares)
+            policy = train(base, pairs, output, **word_settings(name, rate), seed=seed)
             logps = word_logps(policy)
             minimum = np.stack([METHODS[name].scores(row, rate) for row in shares])
             facts = {"seed": seed, "form": form, "method": name, "flipped": rate, "assumed": rate}
@@ -78,18 +79,6 @@ def word_settings(name: str, rate: float) -> Row:
         "learning_rate": WORD_RATE,
         "lr_scheduler_type": "cosine",
     }
-
-
-def all_pairs(shares: np.ndarray) -> Iterator[Row]:
-    """Yield every ordered pair of answers, weighted by its share of the labels."""
-    for prompt, values in zip(PROMPTS, shares, strict=True):
-        for chosen, rejected in permutations(range(len(ANSWERS)), 2):
-            yield {
-                "prompt": prompt,
-                "chosen": ANSWERS[chosen],
-                "rejected": ANSWERS[rejected],
-                "share": float(values[chosen, rejected]),
-            }
 
 
 def count_labels(shares: np.ndarray, seed: int) -> np.ndarray:

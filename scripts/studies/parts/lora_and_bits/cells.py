@@ -18,7 +18,7 @@ from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.models.quantize import expected_bytes
 from mlx_dpo.optim.default_learning_rate import RateFactors, choose_learning_rate
 from mlx_dpo.paths import tiny_chat
-from scripts.studies.lora.shipped_model import (
+from scripts.studies.parts.lora_and_bits.shipped_model import (
     Answers,
     Text,
     mean_kl,

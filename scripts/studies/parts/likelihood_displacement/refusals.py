@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_dpo import load_policy
 from scripts.studies.baselines.ches import ches, hidden_embeddings
-from scripts.studies.displacement.synonyms import is_warned
+from scripts.studies.parts.likelihood_displacement.synonyms import is_warned
 from scripts.studies.reporting.study import Row, Scale
 from scripts.studies.toy.base import tune_base
 from scripts.studies.toy.exact import all_answer_logps

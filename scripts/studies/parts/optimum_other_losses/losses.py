@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scripts.studies.toy import population
-from scripts.studies.toy.population import flip, logit
+from scripts.studies.toy.bradley_terry import flip
+from scripts.studies.toy.population import logit
 
 NOISE, GAMMA = 0.1, 0.5
 MARGIN, PER_TOKEN, LOGP_PER_TOKEN = "βΔ", "βΔ per token", "β × margin of log-probs per token"

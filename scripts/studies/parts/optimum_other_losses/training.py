@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo import load_policy
-from scripts.studies.other_losses.losses import LOGP_PER_TOKEN, REWARDS, PairLoss, settings
+from scripts.studies.parts.optimum_other_losses.losses import (
+    LOGP_PER_TOKEN,
+    REWARDS,
+    PairLoss,
+    settings,
+)
 from scripts.studies.reporting.study import Row, Scale
 from scripts.studies.toy import population
 from scripts.studies.toy.base import make_base
+from scripts.studies.toy.bradley_terry import flip
 from scripts.studies.toy.exact import all_answer_logps
-from scripts.studies.toy.population import flip, logit
+from scripts.studies.toy.population import logit
 from scripts.studies.toy.train import train
 from scripts.studies.toy.words import Words
 
@@ -171,11 +177,6 @@ def run_answers(
 def draw_rewards(seed: int) -> np.ndarray:
     """Return known rewards from -1 to 1. (prompts, answers)"""
     return np.random.default_rng(100 + seed).uniform(-1, 1, (LISTED, len(ANSWERS)))
-
-
-def bradley_terry(rewards: np.ndarray) -> np.ndarray:
-    """Return σ(r_i - r_j) of each ordered pair of answers. (prompts, K, K)"""
-    return 1 / (1 + np.exp(rewards[:, None, :] - rewards[:, :, None]))
 
 
 def draw_preferences(seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 from scripts.studies.baselines.ppo import PPOSettings, Score, train_ppo
 from scripts.studies.baselines.reward_model import score_answers, train_reward_model
 from scripts.studies.baselines.unlikelihood import train_unlikelihood
-from scripts.studies.baselines.world import (
+from scripts.studies.parts.reward_kl.world import (
     LENGTH,
     Progress,
     World,

@@ -19,6 +19,7 @@ from mlx_dpo.demo.rules import courteous_markers, is_correct, is_courteous
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.saved_runs.respond import ModelResponder
+from scripts.studies.toy.exact import normalize
 
 ROWS_PER_PASS = 40
 LONGEST_ANSWER = 40  # tokens of a sampled answer; the longest held-out one has 29
@@ -76,9 +77,7 @@ def token_logps(model: nn.Module, texts: Sequence[Text]) -> Iterator[tuple[int, 
         logits = np.array(model(mx.array(rows)).astype(mx.float32))
         for values, index in zip(logits, chosen, strict=True):
             places = slice(len(texts[index].prompt) - 1, lengths[index] - 1)
-            exact = values[places].astype(np.float64)
-            exact -= exact.max(axis=-1, keepdims=True)
-            yield int(index), exact - np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+            yield int(index), normalize(values[places].astype(np.float64))
 
 
 def text_logps(model: nn.Module, texts: Sequence[Text]) -> np.ndarray:

@@ -17,6 +17,7 @@ from mlx_dpo.evaluation.measurements.rouge import rouge_l
 from scripts.studies.baselines.answer_tokens import AnswerTokens, decode_answers, encode_answers
 from scripts.studies.baselines.reward_model import TokenPairs
 from scripts.studies.reporting.study import Row
+from scripts.studies.toy.bradley_terry import preference
 from scripts.studies.toy.exact import kl_divergence
 from scripts.studies.toy.reviews import (
     LOWEST,
@@ -111,7 +112,7 @@ def label(
         for first, second in combinations(group, 2):
             if first == second:
                 continue
-            chance = 1 / (1 + np.exp(REWARD_OF[second] - REWARD_OF[first]))
+            chance = preference(REWARD_OF[first] - REWARD_OF[second])
             prefers_first = draw.random() < chance
             yield Pair(prompt, *((first, second) if prefers_first else (second, first)))
 

@@ -35,8 +35,6 @@ VOCABULARY = Words((*PROMPTS, *WORDS))
 DIMENSIONS = 48
 # `no` and `never` differ along a direction in which `yes`, opposite in meaning, extends further.
 DIFFERENCE, SHARE_OF_YES = 0.15, 0.5
-SIMILAR, DISSIMILAR = "similar", "dissimilar"
-MIN_SIMILAR = 0.8  # cosine of the rows of similar words
 BETA, RATE, STEPS, EVERY = 0.1, 1e-4, 50, 10
 SCENE = ("no", "never")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_dpo.evaluation.winrate import wilson_interval
-from scripts.studies.lora.cells import (
+from scripts.studies.parts.lora_and_bits.cells import (
     BASE,
     FULL,
     FULL_RATE,

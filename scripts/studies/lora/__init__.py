@@ -1,1 +1,0 @@
-"""Parts of the study of LoRA and bits: its runs, their measurement and its pictures."""

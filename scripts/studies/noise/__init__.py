@@ -1,1 +1,0 @@
-"""The runs of the study of label noise: expected, counted and sampled labels."""

@@ -1,1 +1,0 @@
-"""Parts of the study `optimum_other_losses`: its losses, and its training runs."""

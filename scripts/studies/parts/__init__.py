@@ -1,0 +1,1 @@
+"""Parts of the studies, in a folder with the name of each study."""

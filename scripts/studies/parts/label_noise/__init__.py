@@ -1,0 +1,1 @@
+"""Parts of the study `label_noise`: its losses, and runs on expected and sampled labels."""

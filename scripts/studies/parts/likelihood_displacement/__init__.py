@@ -1,0 +1,1 @@
+"""Parts of the study `likelihood_displacement`: words, sentences and refusals."""

@@ -1,0 +1,1 @@
+"""Parts of the study `on_policy`: runs of iterative and of offline DPO."""

@@ -1,0 +1,1 @@
+"""Parts of the study `optimum_other_losses`: its losses and its training runs."""

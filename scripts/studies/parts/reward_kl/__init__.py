@@ -1,0 +1,1 @@
+"""Parts of the study `reward_kl`: its data, its methods, and rewards at equal KL."""
