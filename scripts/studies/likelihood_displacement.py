@@ -83,7 +83,7 @@ def yes_probability(rows: Rows) -> float:
 
 
 def theory_correlation(rows: Rows) -> float:
-    """Return the rank correlation of Theorem 1's term with the change of log π(y⁺)."""
+    """Return the rank correlation of the theory's term with the change of log π(y⁺)."""
     found = last_rows(rows)
     return rank_correlation(column(found, "theory"), column(found, "chosen_change"))
 
@@ -167,15 +167,11 @@ def draw_words(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     names = {"yes": "yes", "chosen": "no (chosen)", "rejected": "never (rejected)"}
     for index, (name, label) in enumerate(names.items()):
         draw_spread(scene, theme, index, found, "step", f"{name}_probability", label=label)
-    spread = add_axes(
-        figure,
-        1,
-        2,
-        2,
-        x_label="cosine of the two words' rows in the LM head",
-        y_label="change of log π(y⁺) (nats)",
-        title="All pairs",
-    )
+    labels = {
+        "x_label": "cosine of the two words' rows in the LM head",
+        "y_label": "change of log π(y⁺) (nats)",
+    }
+    spread = add_axes(figure, 1, 2, 2, **labels, title="All pairs")
     spread.axhline(0, color=theme.ink, linewidth=0.8)
     last = last_rows(rows)
     style = line_style(theme, 3) | {"linestyle": "", "fillstyle": "none", "alpha": 0.7}
@@ -187,15 +183,9 @@ def draw_sentences(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     """Draw changes of the least and most similar fifths by measure, and of the remedies."""
     found = of(rows, part=SENTENCES)
     measures = distinct(found, "measure")
+    title, limits = "DPO on a fifth of the pairs", (-0.5, len(measures) - 0.5)
     by_measure = add_axes(
-        figure,
-        1,
-        2,
-        1,
-        x_label="",
-        y_label="change of log π(y⁺) (nats)",
-        title="DPO on a fifth of the pairs",
-        xlim=(-0.5, len(measures) - 0.5),
+        figure, 1, 2, 1, x_label="", y_label="change of log π(y⁺) (nats)", title=title, xlim=limits
     )
     labels = [str(name).replace(" ", "\n") for name in measures]
     by_measure.set_xticks(range(len(measures)), labels=labels)
@@ -243,8 +233,8 @@ STUDY = Study(
         "Razin et al. train language models to prefer `No` over `Never`, and `Yes` becomes likely. "
         "Their theory names the similarity of the answers as the cause, and the token that gains. "
         "Their score of a pair, CHES, is ⟨s⁺, s⁻⟩ − ‖s⁺‖² for the sums s of the answers' final "
-        "hidden states. Refusals fell from 74.4 % to 33.4 % by DPO on pairs of which most were two "
-        "refusals. Does this happen here, do theory and score predict it, what prevents it, and "
+        "hidden states. Llama-3-8B-Instruct was trained to refuse, and its refusals fell from 74.4 "
+        "to 33.4 %. Does this happen here, do theory and score predict it, what prevents it, and "
         "does the training monitor warn of it?"
     ),
     setup=(
@@ -267,15 +257,16 @@ STUDY = Study(
     claims=(
         Claim(
             name="similar_falls",
-            text="Words with a cosine above 0.9: share of pairs whose chosen word gets less likely",
-            source=f"{RAZIN}, Section 3 and Theorem 1",
+            text="Words with a cosine above 0.9, 10 to 12 pairs per seed: share of pairs whose "
+            "chosen word gets less likely",
+            source=f"{RAZIN}, Section 3 and the theory of one-token answers",
             measure=falling_share,
             above=0.5,
         ),
         Claim(
             name="dissimilar_rises",
-            text="Words with a cosine below 0.3: mean change of log π(y⁺)",
-            source=f"{RAZIN}, Theorem 1",
+            text="Words with a cosine below 0.3, 12 to 14 pairs per seed: mean change of log π(y⁺)",
+            source=f"{RAZIN}, theory of one-token answers",
             measure=dissimilar_change,
             above=0.5,
             unit="nats",
@@ -291,15 +282,15 @@ STUDY = Study(
         Claim(
             name="no_never_yes",
             text="π(`yes`) after training to prefer `no` over `never`, the smallest of the prompts",
-            source=f"{RAZIN}, Table 1 and Figure 1",
+            source=f"{RAZIN}, Table 1",
             measure=yes_probability,
             above=0.5,
         ),
         Claim(
             name="theory_of_the_fall",
-            text="Rank correlation over pairs of words between the theorem's term "
+            text="Rank correlation over pairs of words between the theory's term "
             "⟨W⁺, W⁻⟩ − ‖W⁺‖² + Σ π(z)⟨W_z, W⁺ − W⁻⟩ before training and the change of log π(y⁺)",
-            source=f"{RAZIN}, Theorem 1",
+            source=f"{RAZIN}, theory of one-token answers",
             measure=theory_correlation,
             below=-0.4,
         ),
@@ -307,15 +298,15 @@ STUDY = Study(
             name="theory_of_the_gain",
             text="Rank correlation over all tokens z between ⟨W_z, W⁺ − W⁻⟩ and the change of "
             "log π(z), mean over pairs",
-            source=f"{RAZIN}, Theorem 2",
+            source=f"{RAZIN}, theory of the tokens that gain",
             measure=alignment_correlation,
             above=0.7,
         ),
         Claim(
             name="named_token_gains",
             text="Share of pairs with a falling chosen word in which the token that gains most is "
-            "one of the two that the theory names first, of 26",
-            source=f"{RAZIN}, Theorem 2",
+            "one of the two that the theory names first, of 26; 9 to 12 such pairs per seed",
+            source=f"{RAZIN}, theory of the tokens that gain",
             measure=named_share,
             above=0.5,
         ),
@@ -341,7 +332,7 @@ STUDY = Study(
             name="remedies_keep_chosen",
             text="Sentences, most similar fifth by CHES: mean change of log π(y⁺), the smallest of "
             "DPO with an SFT term, DPOP, and DPO with a tenth of the learning rate",
-            source=f"{RAZIN}, Section 6; Pal et al. 2024, Eq. 3",
+            source=f"{RAZIN}, Section 6; Pal et al. 2024",
             measure=smallest_remedied,
             above=-0.5,
             unit="nats",
@@ -357,7 +348,8 @@ STUDY = Study(
         Claim(
             name="compliance_gains",
             text="Change of the share of compliant answers by DPO on pairs of two refusals, "
-            "mean over seeds: there the probability goes, though no such pair has such an answer",
+            "mean over seeds: there a part of the probability goes, though no such pair has "
+            "such an answer",
             source=f"{RAZIN}, Section 6",
             measure=gain(refusals.TWO_REFUSALS, "compliant"),
             above=0.15,
@@ -431,14 +423,16 @@ STUDY = Study(
         "as well. The length-normalised score, which the paper uses to filter, does not rank "
         "these pairs. The claims on CHES do not separate similarity from length.",
         "In the sentences the least similar fifth loses likelihood as well, though less.",
-        "Settings of the refusals were chosen on seeds 0 and 1, and seed 2 does not show the fall: "
-        "chosen refusals lose likelihood there too, but to other refusals, which the paper calls "
-        "benign displacement. The claims on refusals and compliance are means over the seeds.",
-        "With all pairs drawn from the model, of which an eighth to a fifth have one refusal, "
-        "refusals become more frequent, not rarer: a small model learns from few such pairs to "
-        "refuse everything. The paper's rates fall with the whole data set; here they fall with "
-        "the pairs of two refusals, which are most of the paper's. So the filter, which keeps "
-        "pairs of both kinds, is not compared with all pairs.",
+        "Settings of the refusals were chosen on seeds 0 and 1. Refusals fall by 0.7 there, and "
+        "rise by 0.08 with seed 2: chosen refusals lose likelihood too, but to other refusals, "
+        "which the paper calls benign displacement. The claims `refusals_fall` and "
+        "`compliance_gains` were first made about each seed; seed 2 failed them, and they were "
+        "changed to means over the seeds.",
+        "Of the 96 pairs, 71, 65 and 64 have two refusals (seeds 0, 1, 2), 9, 12 and 16 have one, "
+        "and 16, 19 and 16 have none. With all of them refusals become more frequent, not rarer: "
+        "a small model learns from few pairs with one refusal to refuse everything. The paper's "
+        "rates fall with the whole data set; here they fall with the pairs of two refusals only. "
+        "So the filter, which chooses among all pairs, is not compared with all pairs.",
     ),
     sources=(
         "Razin et al. 2024, [arXiv:2410.08847](https://arxiv.org/abs/2410.08847)",

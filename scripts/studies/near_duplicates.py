@@ -238,7 +238,8 @@ def draw_positions(figure: "Figure", rows: Rows, theme: "Theme") -> None:
         draw_spread(place, theme, index, near, "index", "chosen_change", label=loss)
         style = line_style(theme, index) | {"linestyle": "", "alpha": 0.5, "fillstyle": "none"}
         for column_index, distance in enumerate((LOW, HIGH)):
-            changes = _of_pairs(rows, loss, distance, "chosen_change")
+            if not (changes := _of_pairs(rows, loss, distance, "chosen_change")):
+                continue  # a quick run does not have it
             shift = 0.16 * (2 * index - 1)
             places = column_index + shift + np.linspace(-0.1, 0.1, len(changes))
             total.plot(places, changes, **style)
@@ -273,7 +274,7 @@ STUDY = Study(
         Claim(
             name="dpo_lowers_chosen",
             text="Near-duplicates: mean change of log π(y⁺) by DPO",
-            source=f"{SOURCE}, Section 3",
+            source=SOURCE,
             measure=mean_change("DPO", LOW),
             below=-5,
             unit="nats",
@@ -281,7 +282,7 @@ STUDY = Study(
         Claim(
             name="dpo_lowers_tokens_after",
             text="Near-duplicates: mean change of log π by DPO of a token after the changed one",
-            source=f"{SOURCE}, Figure 4",
+            source=f"{SOURCE}, log-probs by token",
             measure=change_per_token("DPO", 1, LENGTH),
             below=-0.25,
             unit="nats per token",
@@ -299,7 +300,7 @@ STUDY = Study(
             name="distance_matters",
             text="DPO lowers the same chosen answers less if the rejected ones differ throughout: "
             "difference of the mean changes of log π(y⁺)",
-            source=f"{SOURCE}, Section 3",
+            source=f"{SOURCE}, low and high edit distances",
             measure=saved_by_distance,
             above=4,
             unit="nats",
@@ -307,7 +308,7 @@ STUDY = Study(
         Claim(
             name="dpop_keeps_every_answer",
             text="Near-duplicates: smallest change of log π(y⁺) of any pair by DPOP",
-            source=f"{SOURCE}, Eq. 3",
+            source=f"{SOURCE}, the loss DPOP",
             measure=smallest("DPOP", "chosen_change"),
             above=-0.1,
             unit="nats",
@@ -315,7 +316,7 @@ STUDY = Study(
         Claim(
             name="dpop_keeps_tokens_after",
             text="Near-duplicates: mean change of log π by DPOP of a token after the changed one",
-            source=f"{SOURCE}, Figure 4",
+            source=f"{SOURCE}, log-probs by token",
             measure=change_per_token("DPOP", 1, LENGTH),
             above=0,
             unit="nats per token",
@@ -323,7 +324,7 @@ STUDY = Study(
         Claim(
             name="dpop_raises_the_edit",
             text="Near-duplicates: mean change of log π by DPOP of the token that differs",
-            source=f"{SOURCE}, Figure 4",
+            source=f"{SOURCE}, log-probs by token",
             measure=change_per_token("DPOP", 0, 0),
             above=0.1,
             unit="nats",

@@ -93,7 +93,7 @@ def slope_term(head: np.ndarray, probabilities: np.ndarray, chosen: int, rejecte
     This is minus the derivative of log π(y⁺) along W⁺ - W⁻, the direction in which the gradient
     moves the hidden embedding.
 
-    Source: Razin et al. 2024, arXiv:2410.08847, Theorem 1.
+    Source: Razin et al. 2024, arXiv:2410.08847, on the likelihood of one-token answers.
     """
     direction = head[chosen] - head[rejected]
     return float(probabilities @ (head @ direction) - head[chosen] @ direction)
