@@ -13,7 +13,8 @@ def best_of(logps: np.ndarray, rewards: np.ndarray, count: int) -> np.ndarray:
     The first one of equally good samples is taken, so that answers of one reward keep their
     proportions.
 
-    Source: Gao et al. 2023, arXiv:2210.10760, appendix A, for the order of rewards.
+    It is the distribution of the largest of N draws, for which Stiennon et al. 2020,
+    arXiv:2009.01325, appendix G.3, have the KL divergence.
 
     Args:
         logps: log-probs of all answers, in nats. (..., answers)
@@ -39,6 +40,6 @@ def kl_bound(count: int) -> float:
     """Return log N - (N - 1) / N, the KL divergence of the best of N; with ties it is less.
 
     Source: Stiennon et al. 2020, arXiv:2009.01325, appendix G.3; that it is a bound with ties:
-    Beirami et al. 2024, arXiv:2401.01879, theorem 1.
+    Beirami et al. 2024, arXiv:2401.01879.
     """
     return float(np.log(count) - (count - 1) / count)

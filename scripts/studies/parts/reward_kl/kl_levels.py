@@ -78,3 +78,18 @@ def last_rows(rows: Rows, method: str, setting: float | None = None) -> Rows:
 def last_mean(rows: Rows, method: str, name: str) -> float:
     """Return the mean of a column over the last steps of a method."""
     return float(np.mean(column(last_rows(rows, method), name)))
+
+
+def best_of_gap(rows: Rows) -> float:
+    """Return the largest distance of best of N by true reward below the frontier."""
+    return max(
+        frontier(rows, float(row["kl"])) - float(row["reward"])
+        for row in of(rows, method="best_true")
+    )
+
+
+def token_ratio(rows: Rows) -> float:
+    """Return the trained tokens of PPO with a learned reward, divided by those of DPO."""
+    names = ("ppo_learned", "dpo")
+    learned, direct = (last_mean(rows, name, "trained_tokens") for name in names)
+    return learned / direct
