@@ -148,12 +148,12 @@ def rise_and_fall(rewards: np.ndarray) -> tuple[float, float]:
 def fit_form(distances: np.ndarray, gains: np.ndarray) -> tuple[float, float, float]:
     """Fit R(d) = d (a - b log d) by least squares; return a, b and R².
 
-    Source: Gao et al. 2023, arXiv:2210.10760, section 1, for reinforcement learning.
+    Source: Gao et al. 2023, arXiv:2210.10760, for reinforcement learning.
     """
     terms = np.stack([distances, -distances * np.log(distances)], axis=-1)
     (a, b), *_ = np.linalg.lstsq(terms, gains, rcond=None)
     errors = gains - terms @ (a, b)
-    return float(a), float(b), float(1 - errors.var() / gains.var())
+    return float(a), float(b), float(1 - (errors**2).mean() / gains.var())
 
 
 def by_run(rows: Rows, **values: float | str) -> Iterator[Rows]:
@@ -283,6 +283,7 @@ def draw_fit(axes: "Axes", rows: Rows, theme: "Theme") -> None:
     axes.legend(loc="lower left")
 
 
+ON_TLDR = "Rafailov et al. 2024, experiments on TL;DR (win rate against KL)"
 STUDY = Study(
     name="overoptimization",
     title="Over-optimization",
@@ -300,9 +301,11 @@ STUDY = Study(
         f"{RATE:g} (full fine-tuning), which is {STEPS * BATCH // PAIRS} epochs. At "
         f"{len(MEASURED)} steps, gold reward and KL(π ‖ π_ref) are computed exactly from the "
         "probabilities of all answers of up to three words, and averaged over the four prompts. "
-        "An answer that is no review has the lowest reward, −3. The proxy reward of these losses "
-        "is the implicit one, β log(π/π_ref); its accuracy on the training pairs is measured as "
-        "well. Rise and fall are measured on the mean of the three seeds: from the base to the "
+        "Longer answers count as one outcome, so that the KL divergence of all texts may be "
+        "larger. An answer that is no review has the lowest reward, −3. The proxy reward of these "
+        "losses is the implicit one, β log(π/π_ref); its accuracy on the training pairs is "
+        "measured as well. Rise and fall are measured on the mean of the three seeds: from the "
+        "base to the "
         f"peak, which is a mean of {WINDOW} measurements that follow each other, and from the peak "
         "to the mean over the second half of training. A single seed is no sufficient sample: "
         f"its {PAIRS} labels decide whether and where its reward falls, as the thin lines show."
@@ -312,7 +315,7 @@ STUDY = Study(
         Claim(
             name="rise",
             text=f"Rise of the gold reward at β = {LOW:g}, the smallest of the losses",
-            source="Rafailov et al. 2024, Fig. 1",
+            source=ON_TLDR,
             measure=smallest_rise,
             above=0.5,
             pooled=True,
@@ -321,7 +324,7 @@ STUDY = Study(
             name="fall",
             text=f"Fall of the gold reward at β = {LOW:g} from its peak to its mean over the "
             "second half of training, the smallest of DPO, IPO and SLiC",
-            source="Rafailov et al. 2024, Fig. 1",
+            source=ON_TLDR,
             measure=smallest_fall,
             above=0.2,
             pooled=True,
@@ -330,7 +333,7 @@ STUDY = Study(
         Claim(
             name="fall_by_beta",
             text=f"Fall of DPO's gold reward at β = {LOW:g} minus that at β = {HIGH:g}",
-            source="Rafailov et al. 2024, Fig. 1",
+            source=ON_TLDR,
             measure=fall_by_beta,
             above=0.1,
             pooled=True,
@@ -340,7 +343,7 @@ STUDY = Study(
             name="distance_by_beta",
             text=f"sqrt(KL) of DPO at β = {LOW:g} minus that at β = {HIGH:g}, means over the "
             "second half of training",
-            source="Rafailov et al. 2024, Fig. 1",
+            source=ON_TLDR,
             measure=distance_by_beta,
             above=0.1,
             pooled=True,
@@ -369,7 +372,7 @@ STUDY = Study(
             name="fit",
             text="R² of the form d(α − β log d), fitted to the paths of all β, the smallest of the "
             "losses",
-            source="Gao et al. 2023, section 1; Rafailov et al. 2024, Fig. 1",
+            source="Gao et al. 2023, the form for reinforcement learning; Rafailov et al. 2024",
             measure=worst_fit,
             above=0.5,
             pooled=True,
@@ -408,9 +411,10 @@ STUDY = Study(
         "With one seed the fall may be absent: DPO at the lowest β falls clearly on seed 1, "
         "little on seed 0, and hardly rises on seed 2.",
         "The settings were chosen by results. At learning rate 1e-3 the first steps already jump "
-        "to sqrt(KL) = 0.6; at 1e-4 with 256 pairs and batches of 32, most runs still rise at "
-        "step 300; with batches of 64 they fall before step 400 at β up to 0.5 (all on seed 0). "
-        "The present settings are a compromise and were then run once on three seeds.",
+        "to sqrt(KL) = 0.6; at 1e-4 with 256 pairs and batches of 32, most runs still rise at step "
+        "300; with batches of 64 they fall before step 400 at β up to 0.5 (on seed 0, partly on "
+        "seed 1). The present settings are a compromise and were then run once on three seeds. The "
+        "measure of the fall and all bounds were chosen after that run.",
     ),
     sources=(
         "Rafailov et al. 2024, [arXiv:2406.02900](https://arxiv.org/abs/2406.02900)",
