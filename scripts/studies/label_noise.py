@@ -133,7 +133,7 @@ LABELS_OF = {
 def draw_gain(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     """Draw gain of reward by share of flips, expected and sampled, and the KL of sampled pairs."""
     panels = (
-        ("expected", "gain", "share of π*'s gain", "expected labels"),
+        ("expected", "gain", "share of π*'s gain", "Words, expected labels"),
         ("sampled", "gain", "share of π*'s gain", f"{PAIRS} sampled pairs"),
         ("sampled", "kl", "KL(π ‖ π_ref) (nats)", f"{PAIRS} sampled pairs"),
     )

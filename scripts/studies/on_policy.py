@@ -184,7 +184,7 @@ def draw_rewards(figure: "Figure", rows: Rows, theme: "Theme") -> None:
         draw_spread(answers, theme, index, [*more, *group], "answers", "reward", label=label)
         _draw_points(kls, theme, index, group, label)
     small = [row for row in trained(rows, method=OFFLINE, data=BASE) if row["beta"] != BETA]
-    _draw_points(kls, theme, 3, small, "offline, β = 0.3 and 0.1")
+    _draw_points(kls, theme, 3, small, "offline, β = 0.3 or 0.1")
     for seed in distinct(rows, "seed"):
         curve = sorted(of(rows, seed=seed), key=lambda row: row["kl"])
         style = {"color": theme.ink, "linewidth": 0.8}

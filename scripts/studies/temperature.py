@@ -278,14 +278,14 @@ def largest_error(rows: Rows) -> float:
 def draw_win_rates(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     """Draw the exact win rates over temperature, and sampled against exact ones."""
     labels = {"x_label": "sampling temperature", "y_label": "win rate against people's reviews"}
-    axes = add_axes(figure, 1, 2, 1, **labels, title="exact", ylim=(0, 1.02))
+    axes = add_axes(figure, 1, 2, 1, **labels, title="Exact", ylim=(0, 1.02))
     axes.axhline(0.5, color=theme.ink, linewidth=0.8, linestyle=(0, (1, 3)))
     axes.set_xticks(TEMPERATURES)
     for index, method in enumerate(METHODS):
         chosen = of(rows, method=method)
         draw_spread(axes, theme, index, chosen, "temperature", "win_rate", label=method)
     labels["y_label"] = "sampled − exact win rate"
-    axes = add_axes(figure, 1, 2, 2, **labels, title="package's sampler")
+    axes = add_axes(figure, 1, 2, 2, **labels, title="Sampled by the package")
     axes.axhline(0, color=theme.ink, linewidth=0.8)
     axes.set_xticks(TEMPERATURES[1:])
     seeds = distinct(rows, "seed")
