@@ -239,20 +239,20 @@ STUDY = Study(
     name="ipo_bandit",
     title="IPO stays near the reference where DPO does not",
     question=(
-        "If an action wins every comparison, DPO's loss decreases as long as its probability "
-        "grows, whatever the strength τ of the regularization; IPO regresses the margin to "
-        "1/(2τ). Azar et al. show it with a bandit of three actions. Do the learning curves of "
-        "the trainer have these limits?"
+        "If an action wins every comparison, DPO's loss falls as long as the probability of this "
+        "action grows, for any strength τ of the regularization. IPO instead regresses the "
+        "margin to 1/(2τ). Azar et al. show this with a bandit of three actions. Do the learning "
+        "curves of the trainer have these limits?"
     ),
     setup=(
-        "A Llama of 2 layers and 48 dimensions whose tokens are words. Three prompts stand for "
-        "three bandits whose actions are answers of one word, which the base chooses evenly: "
-        "{(a, b)}, where a won against b; the total order D₁ = {(a, b), (b, c), (a, c)}; and "
-        "{(a, b), (b, a), (a, c)}, where c never wins. Each is trained by itself: full "
-        "fine-tuning, 200 steps of Adam on all its comparisons, learning rate 0.01 with a cosine "
-        "schedule. π is exact, normalized over the actions. DPO's β is τ; "
-        "IPO's is 2τ, since the package averages log-probs over the two tokens of an action. "
-        "Seeds differ in the base only."
+        "A Llama with 2 layers and hidden size 48; each token is a word. Three prompts stand for "
+        "three bandits. Their actions are answers of one word, which have equal probabilities "
+        "under the base model. A comparison (a, b) means that a won against b. The bandits are "
+        "{(a, b)}; the total order D₁ = {(a, b), (b, c), (a, c)}; and {(a, b), (b, a), (a, c)}, "
+        "where c never wins. Each is trained by itself: full fine-tuning, 200 steps of Adam on "
+        "all its comparisons, learning rate 0.01 with a cosine schedule. π is exact, and "
+        "normalized over the actions. DPO's β is τ. IPO's β is 2τ, since the package averages "
+        "log-probs over the two tokens of an action. Seeds change the base model only."
     ),
     run=run,
     claims=(

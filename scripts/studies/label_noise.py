@@ -175,23 +175,23 @@ STUDY = Study(
     title="Robust DPO keeps its reward if labels are flipped",
     question=(
         "If a known share ε of the labels is flipped at random, the loss of robust DPO (rDPO) is "
-        "an unbiased estimate of DPO's loss on the true labels. Ray Chowdhury et al. (2024) report "
-        "that its policy keeps more reward than DPO and conservative DPO (cDPO) as ε grows, on "
-        "IMDb reviews among others, and bound its error by 1/(1−2ε). Do both appear here, for "
-        "expected labels and for sampled ones?"
+        "an unbiased estimate of DPO's loss on the true labels. Ray Chowdhury et al. (2024) "
+        "bound its error by 1/(1−2ε). They report that rDPO keeps more reward than DPO and "
+        "conservative DPO (cDPO) as ε grows, on IMDb reviews among others. Do both results "
+        "appear here, for expected and for sampled labels?"
     ),
     setup=(
-        f"β = {BETA:g} in both worlds. *Words*: six answers of two words to each of three prompts, "
-        "with known rewards between −1 and 1. Every ordered pair is a row. Its weight is the "
-        "expected share of labels after flips, or the share of "
-        f"{LABELS} labels drawn for each pair. Full fine-tuning, {WORD_STEPS} steps of all 90 "
-        "rows; policies are normalised over the six answers. *Reviews*: a base that writes film "
-        "reviews of up to three words, and a lexicon of sentiment as true reward, from −3 to 3. "
+        f"β = {BETA:g} in two worlds. **Words:** six answers of two words to each of three "
+        "prompts, with known rewards between −1 and 1. Every ordered pair is a row. Its weight "
+        f"is the expected share of labels after flips, or the share among {LABELS} labels drawn "
+        f"for each pair (counted labels). Full fine-tuning, {WORD_STEPS} steps of all 90 rows; "
+        "policies are normalized over the six answers. **Reviews:** the base model writes film "
+        "reviews of up to three words, and a lexicon gives their true reward, from −3 to 3. "
         f"{PAIRS} pairs of the base's answers have one Bradley–Terry label each, {HELD_OUT} more "
-        "are held out, and ε of the labels of both are flipped. Four epochs in batches of 64, "
-        "learning rate 3e-4 with cosine decay. Reward, KL and accuracy on true labels are exact, "
-        "over all 1,110 answers. Regret is the loss of E[r] − β KL against π\\*. Losses know ε "
-        "unless the text says otherwise."
+        "are held out, and a share ε of the labels of both is flipped. Four epochs in batches of "
+        "64, learning rate 3e-4 with cosine decay. Reward, KL divergence and accuracy on true "
+        "labels are exact, over all 1,110 answers. Regret is how far E[r] − β KL is below that "
+        "of π\\*. Losses know ε unless the text says otherwise."
     ),
     run=run,
     claims=(
@@ -365,7 +365,7 @@ STUDY = Study(
         "0 now. Its KL is at least ten times DPO's, and its regret larger than DPO's on two of "
         "three seeds at ε = 0.4, and on one at 0.3: the variance of its loss grows with "
         "1/(1−2ε)².",
-        "IPO has a regularisation of its own. Its τ is chosen so that its minimum agrees with "
+        "IPO has a regularization of its own. Its τ is chosen so that its minimum agrees with "
         "DPO's for small rewards and answers of three tokens, so that only its change with ε can "
         "be compared with DPO.",
         "The paper trains GPT-2 large on IMDb with a classifier as true reward. The base here "

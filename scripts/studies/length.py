@@ -184,7 +184,7 @@ def optimal_words(rows: Rows) -> float:
 NAMES = {
     "dpo": "DPO",
     "ld_dpo": "LD-DPO, α = 0.5",
-    "norm": "length-normalised DPO",
+    "norm": "length-normalized DPO",
     "simpo": "SimPO",
 }
 
@@ -252,25 +252,25 @@ STUDY = Study(
     name="length",
     title="DPO exploits length",
     question=(
-        "In preference data chosen answers are slightly longer than rejected ones: 79.6 against "
-        "75.7 tokens in HH. Park et al. (2024) find that DPO makes of this answers far longer than "
-        "any chosen ones. Length-desensitised DPO (LD-DPO), length-normalised DPO (Tülu 3) and "
-        "SimPO are made to do so less. Does it appear if the reward does not depend on length at "
-        "all, and how long are the answers of each loss at the same true reward?"
+        "In preference data, chosen answers are slightly longer than rejected ones: 79.6 against "
+        "75.7 tokens in HH. Park et al. (2024) find that DPO then gives answers that are far "
+        "longer than the chosen ones. Length-desensitized DPO (LD-DPO), length-normalized DPO "
+        "(Tülu 3) and SimPO are meant to reduce this. Does it happen if the reward does not "
+        "depend on length at all? How long are the answers of each loss at the same true reward?"
     ),
     setup=(
-        "A base answers three prompts with one of four content words and a run of filler words, "
-        f"each of which it adds with probability {CONTINUES:g}, up to {BASE_LONGEST} words in all. "
-        "The true reward is that of the content word, between −1 and 1. "
+        "The base model answers three prompts with one of four content words, followed by filler "
+        f"words. It adds each filler word with probability {CONTINUES:g}, up to {BASE_LONGEST} "
+        "words in all. The true reward, between −1 and 1, depends on the content word only. "
         f"{PAIRS} pairs of answers of at most {PAIR_LONGEST} words have Bradley–Terry labels with "
-        f"a length bias: log-odds {BIAS:g} for each word by which an answer is longer. Both orders "
-        "are rows, weighted by the probability of the label, so that labels are expected ones. The "
-        "control has no bias. Full fine-tuning, 128 steps of 64 rows, learning rate 3e-4 with "
-        "cosine decay. Lengths and rewards are exact: all answers are enumerated, without "
-        "beginnings that have a probability below 1e-6 (in all 2e-4 at most, counted as no "
-        "answer), cut after "
-        f"{CUT} words. Losses are compared at the true reward that DPO has at a β; between two β "
-        "of a loss, words are interpolated."
+        f"a length bias: log-odds {BIAS:g} for each word by which an answer is longer. Both "
+        "orders are rows, weighted by the probability of the label, so that labels are expected "
+        "ones. The control has no bias. Full fine-tuning, 128 steps of 64 rows, learning rate "
+        "3e-4 with cosine decay. Lengths and rewards are exact: all answers are enumerated, and "
+        f"cut after {CUT} words. Answers that begin with something of probability below 1e-6 are "
+        "left out (2e-4 in all at most, counted as no answer). Losses are compared at the true "
+        "reward that DPO has at a β; between two β of a loss, the number of words is "
+        "interpolated."
     ),
     run=run,
     claims=(
@@ -347,7 +347,7 @@ STUDY = Study(
         ),
         Claim(
             name="norm",
-            text="Mean words of length-normalised DPO over those of DPO, at a true reward halfway "
+            text="Mean words of length-normalized DPO over those of DPO, at a true reward halfway "
             "between those of DPO at β = 0.2 and 0.5",
             source="Lambert et al. 2024 (Tülu 3)",
             measure=lambda rows: words_over_dpo(rows, "norm"),
@@ -394,10 +394,10 @@ STUDY = Study(
         "trained, and 128 steps do not converge. On seed 2 they are the same at β = 1 and 0.5. "
         "The first bound of the claim, growth at each step from 1 to 0.2, failed there; the claim "
         "now compares β = 0.2 with 1.",
-        "Where DPO is hardly longer than the base (β of 0.5 and above), length-normalised DPO is "
+        "Where DPO is hardly longer than the base (β of 0.5 and above), length-normalized DPO is "
         "about as long as DPO at the same true reward. Its loss leaves the total length free: a "
         "log-ratio that grows with every word by the same amount does not change it.",
-        "Without length bias, SimPO and length-normalised DPO make answers shorter than the "
+        "Without length bias, SimPO and length-normalized DPO make answers shorter than the "
         "base's, where DPO makes them longer by at most 0.7 words. Part of their shorter answers "
         "on biased labels is this preference for short ones, and not insensitivity to length.",
         "R-DPO, their remedy, is not compared: the package has no loss with a length penalty.",

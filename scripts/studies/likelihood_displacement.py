@@ -230,27 +230,27 @@ STUDY = Study(
     name="likelihood_displacement",
     title="Likelihood displacement: similar answers, and where their probability goes",
     question=(
-        "Razin et al. train language models to prefer `No` over `Never`, and `Yes` becomes likely. "
-        "Their theory names the similarity of the answers as the cause, and the token that gains. "
-        "Their score of a pair, CHES, is ⟨s⁺, s⁻⟩ − ‖s⁺‖² for the sums s of the answers' final "
-        "hidden states. Llama-3-8B-Instruct was trained to refuse, and its refusals fell from 74.4 "
-        "to 33.4 %. Does this happen here, do theory and score predict it, what prevents it, and "
-        "does the training monitor warn of it?"
+        "Razin et al. train language models to prefer `No` over `Never`, and `Yes` becomes "
+        "likely. Their theory says that the similarity of the two answers is the cause, and "
+        "predicts which token gains. Their score of a pair, CHES, is ⟨s⁺, s⁻⟩ − ‖s⁺‖², where s "
+        "is the sum of an answer's final hidden states. They trained Llama-3-8B-Instruct to "
+        "refuse, and its refusals fell from 74.4 to 33.4 %. Does this happen here? Do theory and "
+        "CHES predict it? What prevents it, and does the training monitor warn of it?"
     ),
     setup=(
-        "Llamas of 2 layers and 48 dimensions whose tokens are words; DPO with β = 0.1 and full "
-        "fine-tuning, LM head and embeddings frozen. All probabilities are exact, in float64. "
-        "**Words:** one run of 50 steps (RMSprop, rate 1e-4) per pair of one-word answers, 20 "
-        "pairs to each of 2 prompts. Rows of the LM head are drawn in groups of similar words. "
-        "By construction `no` and `never` differ along a direction in which `yes`, opposite "
-        "otherwise, extends further. "
-        "**Sentences:** 120 pairs of 3 to 6 words; the rejected answer is another sentence or has "
-        "synonyms. Each measure ranks them, and DPO trains for 20 steps (AdamW, 2e-4) on the least "
-        "and on the most similar fifth. "
-        "**Refusals:** a model that refuses three quarters of 16 requests; 96 pairs are drawn from "
-        "it, refusals preferred, and two refusals ordered by a fixed random score. Refusals are "
-        "similar to each other by construction. 40 steps (AdamW, 2e-4) of all pairs, of those of "
-        "two refusals, or of the quarter with the lowest length-normalised CHES. Settings were "
+        "Llamas with 2 layers and hidden size 48; each token is a word. DPO with β = 0.1 and "
+        "full fine-tuning; LM head and embeddings are frozen. All probabilities are exact, in "
+        "float64. **Words:** one run of 50 steps (RMSprop, learning rate 1e-4) per pair of "
+        "one-word answers, 20 pairs to each of 2 prompts. The rows of the LM head are drawn in "
+        "groups of similar words. By construction, `no` and `never` differ along a direction in "
+        "which `yes`, otherwise opposite to both, extends further. **Sentences:** 120 pairs of 3 "
+        "to 6 words; the rejected answer is another sentence, or the chosen one with synonyms. "
+        "Each measure of similarity ranks the pairs, and DPO trains for 20 steps (AdamW, 2e-4) "
+        "on the least similar and on the most similar fifth. **Refusals:** the base model "
+        "refuses 3/4 of 16 requests. 96 pairs are drawn from it; refusals are preferred, and a "
+        "fixed random score orders two refusals. Refusals are similar to each other by "
+        "construction. DPO trains for 40 steps (AdamW, 2e-4) on all pairs, on the pairs of two "
+        "refusals, or on the quarter with the lowest length-normalized CHES. Settings were "
         "chosen on seeds 0 and 1."
     ),
     run=run,
@@ -357,7 +357,7 @@ STUDY = Study(
         ),
         Claim(
             name="filter_keeps_refusals",
-            text="Change of the share of refusals by DPO on the pairs of lowest length-normalised "
+            text="Change of the share of refusals by DPO on the pairs of lowest length-normalized "
             "CHES",
             source=f"{RAZIN}, Figure 3",
             measure=gain(refusals.FILTERED),
@@ -413,14 +413,14 @@ STUDY = Study(
         ),
     ),
     deviations=(
-        "The similarities that cause displacement are built into the LM head; the paper finds them "
-        "in trained models. The study tests that the trainer shows what the theory says of such "
-        "models, and not how common they are.",
-        "One-word answers have an end token, so that a pair has two tokens each. Full fine-tuning "
-        "leaves the LM head frozen, by default; the paper trains it.",
+        "The similarities that cause displacement are built into the LM head; the paper finds "
+        "them in trained models. The study tests the trainer against the theory of such models, "
+        "not how common they are.",
+        "One-word answers have an end token, so each answer has two tokens. Full fine-tuning "
+        "freezes the LM head by default; the paper trains it.",
         "Much of what CHES sees in sentences is length: the score is a difference of sums, and "
         "the difference in length alone, a control in the picture, tells the fifths apart nearly "
-        "as well. The length-normalised score, which the paper uses to filter, does not rank "
+        "as well. The length-normalized score, which the paper uses to filter, does not rank "
         "these pairs. The claims on CHES do not separate similarity from length.",
         "In the sentences the least similar fifth loses likelihood as well, though less.",
         "Settings of the refusals were chosen on seeds 0 and 1. Refusals fall by 0.7 there, and "

@@ -260,13 +260,14 @@ STUDY = Study(
         "Does `loss_type` `sigmoid` show the fault, and does `dpop` prevent it?"
     ),
     setup=(
-        "A Llama of 2 layers and 48 dimensions whose tokens are words. A solution has 20 words and "
-        "an end: a chain in which each word has about two followers, with one number in it. The "
-        "base model is tuned on 144 other solutions. 24 pairs per seed: the rejected answer has "
-        "another number, and is equal otherwise; or it is another solution to the same prompt. The "
-        "chosen answers are the same in both sets. Full fine-tuning, 60 steps of all 24 pairs, "
-        f"β = {BETA}, AdamW, learning rate 1e-4; DPOP with its default λ = 50. Log-probs of every "
-        "token before and after training are computed from logits in float64: all numbers are "
+        "A Llama with 2 layers and hidden size 48; each token is a word. A solution is a chain "
+        "of 20 words and an end token; each word has about two possible successors, and one word "
+        "is replaced by a number. The base model is tuned on 144 other solutions. There are 24 "
+        "pairs per seed, in two sets with the same chosen answers. In the first set, the "
+        "rejected answer differs in the number only (near-duplicates). In the second, it is "
+        "another solution to the same prompt. Full fine-tuning, 60 steps of all 24 pairs, β = "
+        f"{BETA}, AdamW, learning rate 1e-4; DPOP with its default λ = 50. Log-probs of every "
+        "token before and after training are computed from logits in float64, so all numbers are "
         "exact. Base model and learning rate were chosen on seed 0."
     ),
     run=run,

@@ -166,7 +166,7 @@ def gain_of_sampled_loop(rows: Rows, name: str = "reward") -> float:
 
 
 def sampled_share_gain(rows: Rows) -> float:
-    """Return the loop's gain in regularised reward minus that of offline DPO, as a share of π*'s.
+    """Return the loop's gain in regularized reward minus that of offline DPO, as a share of π*'s.
 
     With Bradley-Terry labels.
     """
@@ -229,25 +229,28 @@ STUDY = Study(
     name="on_policy",
     title="Iterative DPO on its own answers",
     question=(
-        "DPO is offline: the answers are sampled once, often by another model. Several papers find "
-        "that it gains more if the policy itself answers again during training, and less if the "
-        "data cover little of what the policy should say. How much is that at equal numbers of "
-        "sampled answers, and at equal KL divergence from the base?"
+        "DPO is an offline method: answers are sampled once, often by another model. Several "
+        "papers find that it gains more reward if the policy samples new answers during "
+        "training, and less if the data rarely contain the answers that the optimal policy "
+        "gives. How large is the difference at equal numbers of sampled answers, and at equal KL "
+        "divergence from the base model?"
     ),
     setup=(
-        "Reviews of up to three words to 120 prompts (a genre and a subject), with a known reward "
-        "between −3 and 3 (sentiment); the base is a Llama of 2 layers. `mlx-dpo loop` samples 4 "
-        "answers to each prompt in each of 4 rounds, and trains 16 steps of 58 pairs of the best "
-        "and the worst (β = 1, reference: the base; with “previous”: the policy of the round "
-        "before). Offline DPO has the same number of answers of the base and as many steps. "
-        "Off-policy data are answers of writers with known distributions: “people”, whom the base "
-        "learned to imitate; “praise” and “harsh”, whose reviews are e^(±0.7 r) times as frequent; "
-        "“plain”, who use six reviews without the best words. In the setting “Bradley–Terry”, 2 "
-        "answers are sampled, and the better one is drawn with probability σ(r₁ − r₂), so that the "
-        "optimal policy for β is the target of both. Reward and KL divergence are exact, on 4 "
-        "prompts of a held-out genre; answers of more than three words count as one, with the "
-        "lowest reward. Learning rate (constant or cosine, 1e-4 to 3e-4), β and steps were "
-        "chosen by results of seed 0, so that the loop does not collapse before round 3."
+        "The base model is a Llama with 2 layers; it writes reviews of up to three words to 120 "
+        "prompts (a genre and a subject). A lexicon gives each review its true reward, from −3 "
+        "to 3. **Loop:** `mlx-dpo loop` samples 4 answers to each prompt in each of 4 rounds, "
+        "and trains 16 steps of 58 pairs of the best and the worst answer (β = 1). The reference "
+        "is the base model, or the policy of the round before (“previous”). **Offline DPO** has "
+        "as many answers of the base model and as many steps. **Off-policy data** are answers of "
+        "other writers with known distributions: “people”, whom the base model imitates; "
+        "“praise” and “harsh”, whose reviews are e^(±0.7 r) times as frequent; “plain”, who use "
+        "six reviews without the best words. **Bradley–Terry:** in this setting, 2 answers are "
+        "sampled and the first is preferred with probability σ(r₁ − r₂), so that loop and "
+        "offline DPO have the same target, the optimal policy for β. Reward and KL divergence "
+        "are exact, on 4 prompts of a held-out genre; answers of more than three words count as "
+        "one answer with the lowest reward. Learning rate (constant or cosine, 1e-4 to 3e-4), β "
+        "and steps were chosen by results of seed 0, so that the loop does not collapse before "
+        "round 3."
     ),
     run=run,
     claims=(
@@ -351,7 +354,7 @@ STUDY = Study(
     deviations=(
         "The papers let a reward model or a language model judge, and compare win rates; here the "
         "known reward judges, so that no error of a judge is in the comparison, and there is no "
-        "over-optimisation of a proxy reward as in Tang et al.",
+        "over-optimization of a proxy reward as in Tang et al.",
         "The best and the worst answer are compared without noise, so that DPO has no finite "
         "optimum and the KL divergence of the loop grows by the round. In round 4 a further "
         "round can cost reward (2.4 → 1.7 with seed 0): the answers are nearly equal, and the "

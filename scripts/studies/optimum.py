@@ -157,16 +157,17 @@ STUDY = Study(
     name="optimum",
     title="DPO reaches the optimal policy",
     question=(
-        "The policy that maximises reward minus β times the KL divergence is "
-        "π\\*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β), and DPO's loss has its minimum there if labels "
-        "follow the Bradley–Terry model. Does training arrive at it?"
+        "The policy that maximizes reward minus β times the KL divergence from the reference is "
+        "π\\*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). DPO's loss has its minimum at this policy if "
+        "labels follow the Bradley–Terry model. Does training reach it?"
     ),
     setup=(
-        "A Llama of 2 layers and 48 dimensions whose tokens are words, tuned to give six answers "
-        "of one to three words to each of three prompts. Every ordered pair of answers is a row, "
-        "weighted by its Bradley–Terry probability under a known reward between −1 and 1, so that "
-        "the loss is the expected one. Full fine-tuning, 250 steps of all 90 rows. Log-probs of "
-        "all answers are computed from logits in float64."
+        "A Llama with 2 layers and hidden size 48; each token is a word. The base model gives "
+        "six answers of one to three words to each of three prompts. Each answer has a known "
+        "reward between −1 and 1. Every ordered pair of answers is a row, weighted by its "
+        "Bradley–Terry probability, so that the loss is the expected loss. Full fine-tuning, 250 "
+        "steps; each step has all 90 rows. Log-probs of all answers are computed from logits in "
+        "float64."
     ),
     run=run,
     claims=(
@@ -214,9 +215,10 @@ STUDY = Study(
         ),
     ),
     deviations=(
-        "The loss depends on differences of log-ratios of the compared answers only, so that it "
-        "does not determine their total probability. π is normalized over them before it is "
-        "compared with π\\*. Some policies give nearly all probability to answers of no pair.",
+        "The loss depends only on differences of log-ratios between the six answers, so it does "
+        "not determine their total probability. We normalize π over the six answers before we "
+        "compare it with π\\*. Some policies give nearly all probability to answers that are in "
+        "no pair.",
         "The bounds were tightened after the results of seeds 0 to 2 were known.",
     ),
     sources=("Rafailov et al. 2023, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)",),

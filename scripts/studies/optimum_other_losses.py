@@ -239,19 +239,19 @@ STUDY = Study(
     name="optimum_other_losses",
     title="The other losses reach their own optima",
     question=(
-        "Other losses than DPO's have other optimal policies: some bound the margin, some recover "
-        "the preferences behind flipped labels, some regularize by another divergence. Their "
-        "expected losses have minima in closed form. Does training arrive at them?"
+        "Other losses have other optimal policies. Some bound the margin, some recover the "
+        "preferences behind flipped labels, and some use another divergence than KL. The minima "
+        "of their expected losses are known in closed form. Does training reach them?"
     ),
     setup=(
-        "A Llama of 2 layers and 48 dimensions whose tokens are words, tuned to give six answers "
-        "of one to three words to each of five prompts. For each prompt two answers are compared: "
-        "a, which is preferred with probability p (0.55 to 0.95) and which the base gives with "
-        "probability 0.06, and b, which the base gives with probability 0.44. Both orders are "
-        "rows, weighted by p and 1 − p, so that the loss is the expected one. For IPO with six "
-        "answers and for the f-divergences all ordered pairs of six answers to two prompts are "
-        "rows. Full fine-tuning on all rows at each step, 250 steps (KTO: 200). Log-probs are "
-        "computed from logits in float64."
+        "A Llama with 2 layers and hidden size 48; each token is a word. The base model gives "
+        "six answers of one to three words to each of five prompts. For each prompt, two answers "
+        "are compared. Answer a is preferred with probability p (0.55 to 0.95) and has "
+        "probability 0.06 under the base model; answer b has probability 0.44. Both orders are "
+        "rows, weighted by p and 1 − p, so that the loss is the expected loss. IPO with six "
+        "answers and the f-divergences use all ordered pairs of six answers to two prompts. Full "
+        "fine-tuning, 250 steps (KTO: 200); each step has all rows. Log-probs are computed from "
+        "logits in float64."
     ),
     run=run,
     claims=CLAIMS,

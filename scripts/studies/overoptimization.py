@@ -1,4 +1,4 @@
-"""The gold reward rises and then falls while direct alignment goes on.
+"""The true reward rises and then falls during preference training.
 
 python -m scripts.studies.overoptimization [--quick]
 """
@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(reference: np.ndarray, count: int, seed: int) -> Pairs:
-    """Sample pairs of the base's answers, labelled by the Bradley-Terry model of the gold reward.
+    """Sample pairs of the base's answers, labelled by the Bradley-Terry model of the true reward.
 
     Fewer pairs are the first ones of more pairs with the same seed.
     """
@@ -75,7 +75,7 @@ def draw_pairs(reference: np.ndarray, count: int, seed: int) -> Pairs:
 
 
 def measure(policy: nn.Module, reference: np.ndarray, pairs: Pairs) -> Row:
-    """Return the exact gold reward and KL divergence of a policy, means over the subjects.
+    """Return the exact true reward and KL divergence of a policy, means over the subjects.
 
     `accuracy` is the share of training pairs whose chosen answer has the higher implicit reward:
     what training optimizes.
@@ -139,7 +139,7 @@ def rise_and_fall(rewards: np.ndarray) -> tuple[float, float]:
     the second half of training.
 
     Args:
-        rewards: gold rewards at the measured steps, beginning with the base's. (steps,)
+        rewards: true rewards at the measured steps, beginning with the base's. (steps,)
     """
     peak = np.convolve(rewards, np.full(WINDOW, 1 / WINDOW), mode="valid").max()
     return float(peak - rewards[0]), float(peak - rewards[IS_LATE].mean())
@@ -169,7 +169,7 @@ def mean_run(rows: Rows, name: str, **values: float | str) -> np.ndarray:
 
 
 def changes(rows: Rows, loss: str, beta: float = LOW, pairs: int = PAIRS) -> tuple[float, float]:
-    """Return rise and fall of the gold reward, the mean over the runs with these settings."""
+    """Return rise and fall of the true reward, the mean over the runs with these settings."""
     return rise_and_fall(mean_run(rows, "reward", loss=loss, beta=beta, pairs=pairs))
 
 
@@ -244,7 +244,7 @@ def worst_fit(rows: Rows) -> float:
 
 
 def draw_paths(figure: "Figure", rows: Rows, theme: "Theme") -> None:
-    """Draw the gold reward against sqrt(KL) by β, by loss and by number of pairs."""
+    """Draw the true reward against sqrt(KL) by β, by loss and by number of pairs."""
     betas = [({"loss": "sigmoid", "beta": b, "pairs": PAIRS}, f"β = {b:g}") for b in BETAS]
     kinds = [({"loss": loss, "beta": LOW, "pairs": PAIRS}, name) for loss, name in LOSSES.items()]
     counts = [
@@ -268,7 +268,7 @@ def draw_paths(figure: "Figure", rows: Rows, theme: "Theme") -> None:
             mean = (mean_run(rows, name, **values) for name in ("distance", "reward"))
             axes.plot(*mean, **style, markevery=2, label=label)
         axes.legend(loc="lower left")
-    figure.axes[0].set_ylabel("gold reward")
+    figure.axes[0].set_ylabel("true reward")
     for axes in figure.axes[1:]:
         axes.sharey(figure.axes[0])
     draw_fit(figure.axes[0], rows, theme)
@@ -288,33 +288,32 @@ STUDY = Study(
     name="overoptimization",
     title="Over-optimization",
     question=(
-        "Rafailov et al. (2024) find that DPO, IPO and SLiC over-optimize as RLHF does: with a "
-        "growing KL divergence from the reference, quality rises and then falls, most of all at "
-        "low β, and the curve follows R(d) = d(α − β log d) with d = sqrt(KL), the form of Gao "
-        "et al. (2023). Does the hump appear where gold reward and KL divergence are exact?"
+        "Rafailov et al. (2024) find that DPO, IPO and SLiC over-optimize as RLHF does: while "
+        "the KL divergence from the reference grows, the true reward (the papers' gold reward) "
+        "rises and then falls, most at low β. The curve follows R(d) = d(α − β log d) with d = "
+        "sqrt(KL), the form of Gao et al. (2023). Does this happen where true reward and KL "
+        "divergence are exact?"
     ),
     setup=(
-        "Reviews of four films by a Llama of 2 layers and 48 dimensions. The gold reward is the "
-        "true reward of reviews. "
-        f"{PAIRS} pairs of the base's answers get one sampled Bradley–Terry label each. Training "
-        f"goes over them for {STEPS} steps of {BATCH} rows at a constant learning rate of "
-        f"{RATE:g} (full fine-tuning), which is {STEPS * BATCH // PAIRS} epochs. At "
-        f"{len(MEASURED)} steps, gold reward and KL(π ‖ π_ref) are computed exactly from the "
-        "probabilities of all answers of up to three words, and averaged over the four prompts. "
-        "Longer answers count as one outcome, so that the KL divergence of all texts may be "
-        "larger. An answer that is no review has the lowest reward, −3. The proxy reward of these "
-        "losses is the implicit one, β log(π/π_ref); its accuracy on the training pairs is "
-        "measured as well. Rise and fall are measured on the mean of the three seeds: from the "
-        "base to the "
-        f"peak, which is a mean of {WINDOW} measurements that follow each other, and from the peak "
-        "to the mean over the second half of training. A single seed is no sufficient sample: "
-        f"its {PAIRS} labels decide whether and where its reward falls, as the thin lines show."
+        "A Llama with 2 layers and hidden size 48 writes reviews of up to three words about four "
+        "subjects (the prompts). A lexicon gives each review its true reward; an answer that is "
+        f"no review has the lowest one, −3. {PAIRS} pairs of the base's answers get one sampled "
+        f"Bradley–Terry label each. Training takes {STEPS} steps of {BATCH} rows at a constant "
+        f"learning rate of {RATE:g} (full fine-tuning), which is {STEPS * BATCH // PAIRS} epochs. "
+        f"At {len(MEASURED)} steps, true reward and KL(π ‖ π_ref) are computed exactly from the "
+        "probabilities of all answers, and averaged over the prompts. Answers of more than three "
+        "words count as one outcome, so the KL divergence of all texts may be larger. The losses "
+        "optimize the implicit reward β log(π/π_ref); its accuracy on the training pairs is "
+        "measured as well. Rise and fall are measured on the mean of the three seeds: the rise "
+        f"from the base to the peak (a mean of {WINDOW} successive measurements), and the fall "
+        "from the peak to the mean over the second half of training. One seed is not enough: its "
+        f"{PAIRS} labels decide whether and where its reward falls, as the thin lines show."
     ),
     run=run,
     claims=(
         Claim(
             name="rise",
-            text=f"Rise of the gold reward at β = {LOW:g}, the smallest of the losses",
+            text=f"Rise of the true reward at β = {LOW:g}, the smallest of the losses",
             source=ON_TLDR,
             measure=smallest_rise,
             above=0.5,
@@ -322,7 +321,7 @@ STUDY = Study(
         ),
         Claim(
             name="fall",
-            text=f"Fall of the gold reward at β = {LOW:g} from its peak to its mean over the "
+            text=f"Fall of the true reward at β = {LOW:g} from its peak to its mean over the "
             "second half of training, the smallest of DPO, IPO and SLiC",
             source=ON_TLDR,
             measure=smallest_fall,
@@ -332,7 +331,7 @@ STUDY = Study(
         ),
         Claim(
             name="fall_by_beta",
-            text=f"Fall of DPO's gold reward at β = {LOW:g} minus that at β = {HIGH:g}",
+            text=f"Fall of DPO's true reward at β = {LOW:g} minus that at β = {HIGH:g}",
             source=ON_TLDR,
             measure=fall_by_beta,
             above=0.1,
@@ -350,7 +349,7 @@ STUDY = Study(
         ),
         Claim(
             name="pairs",
-            text=f"Largest drop of DPO's gold reward from an earlier value at β = {LOW:g}: with "
+            text=f"Largest drop of DPO's true reward from an earlier value at β = {LOW:g}: with "
             f"{OTHER_PAIRS[0]} pairs minus with {OTHER_PAIRS[1]}, after equally many steps",
             source="Gao et al. 2023, on the size of the reward model's data",
             measure=drop_by_pairs,
@@ -361,7 +360,7 @@ STUDY = Study(
         Claim(
             name="proxy",
             text="Rise of the implicit reward's accuracy on the training pairs from the step of "
-            f"the highest gold reward to the end, at β = {LOW:g}, the smallest of the losses",
+            f"the highest true reward to the end, at β = {LOW:g}, the smallest of the losses",
             source="Rafailov et al. 2024, abstract",
             measure=accuracy_after_peak,
             above=0.03,
@@ -383,7 +382,7 @@ STUDY = Study(
         Picture(
             name="paths",
             caption=(
-                "Gold reward (no unit) against sqrt(KL), KL in nats, along training, both exact; "
+                "True reward (no unit) against sqrt(KL), KL in nats, along training, both exact; "
                 "paths begin at the base, at the left. Left: DPO by β, and the published form "
                 "fitted to all three. Middle: the losses at the lowest β. Right: DPO at the "
                 "lowest β by number of pairs. Lines with markers are means of three seeds at each "
@@ -395,13 +394,13 @@ STUDY = Study(
     ),
     deviations=(
         "The paper trains models of 1 to 6.9 billion parameters for one epoch on TL;DR and takes "
-        "GPT-4's judgement as gold. Here few pairs are used for many epochs. The gold reward "
+        "GPT-4's judgement as gold. Here few pairs are used for many epochs. The true reward "
         "falls after about 10 to 30 epochs, not before the first one ends.",
         "In the paper IPO over-optimizes less than DPO and SLiC. Here that holds at β = 1 only, "
         "where IPO hardly moves; at the lowest β it falls as far. IPO's log-ratios are averages "
         "per token, so that its β is not that of the other losses.",
         "The paths are not functions of sqrt(KL). KL reaches a limit near 4 nats, because the base "
-        "gives each review some probability; there the gold reward falls, and partly "
+        "gives each review some probability; there the true reward falls, and partly "
         "recovers, without a change of KL. The published form fits the rise, but not the sudden "
         "fall: its maximum for DPO is near the end of the measured range.",
         "After the drop, DPO at the lowest β partly recovers late in training, most of all with 32 "

@@ -259,31 +259,34 @@ STUDY = Study(
     title="Reward against KL divergence",
     question=(
         "The DPO paper compares methods by the reward that they reach at each KL divergence from "
-        "the base model, and finds DPO above PPO, preferred fine-tuning and unlikelihood "
-        "(Fig. 2 left). There both axes are estimated from samples, and the best possible curve "
-        "is unknown. Here both are exact, and the policies π\\*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β) "
-        "are the frontier that no policy can pass. Which methods come near it?"
+        "the base model. It finds DPO above PPO, preferred fine-tuning and unlikelihood (Fig. 2 "
+        "left). There, both axes are estimated from samples, and the best possible curve is "
+        "unknown. Here both axes are exact, and so is the best possible curve: the rewards of "
+        "π\\*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β) for all β, called the frontier. Which methods come "
+        "near it?"
     ),
     setup=(
-        "A Llama of 2 layers and 48 dimensions reviews four subjects in one to three words. A "
-        "lexicon gives each review its true reward, from −3 to 3. For each subject the base model "
-        "samples 256 groups of four reviews; each two different reviews of a group are a pair, "
-        "labelled once by the Bradley–Terry model of the true reward (about 5,800 pairs per seed). "
-        "All methods train the same weights with Adam, batches of 64 and a learning rate that "
-        "falls linearly to 0; those of critic and reward model are constant. DPO and preferred "
-        "fine-tuning are the package's, for 96 steps (about one epoch, 10 steps of warm-up), as "
-        "unlikelihood. PPO samples 1,536 reviews in 24 iterations and passes over them four times, "
-        "with a KL penalty per token, GAE, clipped losses, whitened advantages and a critic of its "
-        "own. It is scored by the true reward, or by a reward model: that of the best of three "
-        "epochs on the pairs, by the loss on about 720 held-out pairs, as in the paper. Each "
-        "method has three settings: β of 0.3, 1 and 3 for DPO and PPO, α of 0.1, 0.5 and 1 for "
-        "unlikelihood, three orders of the data for preferred fine-tuning. Each policy is "
-        "measured at five steps of its run. Reward and KL are exact sums over all reviews. A "
-        "method's reward at a KL level is read from the upper concave hull of its policies, the "
-        "base model included, because policies can be mixed and KL is convex. Labels, "
-        "batches and PPO's reviews are sampled. Learning rates were chosen on seed 9, which is "
-        "not among the seeds shown, by the mean of the best rewards within seven KL levels: 3e-4 "
-        "for DPO, 1e-3 for preferred fine-tuning, unlikelihood and the reward model, 4e-4 for PPO."
+        "A Llama with 2 layers and hidden size 48 writes reviews of one to three words about "
+        "four subjects (the prompts). A lexicon gives each review its true reward, from −3 to 3. "
+        "**Data:** for each subject, the base model samples 256 groups of four reviews. Each two "
+        "different reviews of a group are a pair, labelled once by the Bradley–Terry model of "
+        "the true reward (about 5,800 pairs per seed). **Methods:** all methods train the same "
+        "weights with Adam, batches of 64, and a learning rate that falls linearly to 0; those "
+        "of critic and reward model are constant. DPO and preferred fine-tuning (SFT on the "
+        "chosen answers) are the package's and take 96 steps (about one epoch, 10 steps of "
+        "warm-up); so does unlikelihood. PPO samples 1,536 reviews in 24 iterations and passes "
+        "over them four times, with a KL penalty per token, GAE, clipped losses, whitened "
+        "advantages and a separate critic. Its score is the true reward, or that of a reward "
+        "model: the best of three epochs on the pairs, by the loss on about 720 held-out pairs, "
+        "as in the paper. Each method has three settings: β of 0.3, 1 and 3 for DPO and PPO, α "
+        "of 0.1, 0.5 and 1 for unlikelihood, three orders of the data for preferred fine-tuning. "
+        "**Measurement:** each policy is measured at five steps of its run. Reward and KL are "
+        "exact sums over all reviews. A method's reward at a KL level is read from the upper "
+        "concave hull of its policies and the base model, because policies can be mixed and KL "
+        "is convex. Labels, batches and PPO's reviews are sampled. **Learning rates** were "
+        "chosen on seed 9 (not shown), by the mean of the best rewards within seven KL levels: "
+        "3e-4 for DPO, 1e-3 for preferred fine-tuning, unlikelihood and the reward model, 4e-4 "
+        "for PPO."
     ),
     run=run,
     claims=(
@@ -411,9 +414,9 @@ STUDY = Study(
         ),
     ),
     deviations=(
-        "The paper's labels follow the reward without noise, and there are 150,000 pairs. Here "
-        "labels follow the Bradley–Terry model, whose β has a closed-form optimum, and pairs are "
-        "about 5,800.",
+        "The paper's labels follow the reward without noise, and it has 150,000 pairs. Here "
+        "labels follow the Bradley–Terry model, for which the optimum of each β is known, and "
+        "there are about 5,800 pairs.",
         "PPO with the true reward gets exact rewards of 1,536 reviews of its own, DPO noisy labels "
         "of 4,096 reviews of the base; PPO with a learned reward has the labels, and samples of "
         "its own as well. Whether this explains the differences was not tested. The paper "

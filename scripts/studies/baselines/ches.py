@@ -1,6 +1,6 @@
 """Centered hidden embedding similarity (CHES): how much a pair risks likelihood displacement.
 
-Source: Razin et al. 2024, arXiv:2410.08847, Definition 2 and Section 6 (normalised by length).
+Source: Razin et al. 2024, arXiv:2410.08847, Definition 2 and Section 6 (normalized by length).
 """
 
 from typing import Any

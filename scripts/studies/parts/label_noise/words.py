@@ -64,7 +64,7 @@ def run_words(scale: Scale, seed: int, rates: Sequence[float]) -> Iterator[Row]:
 
 
 def word_logps(model: nn.Module) -> np.ndarray:
-    """Return the log-probs of the six answers, normalised over them. (prompts, answers)"""
+    """Return the log-probs of the six answers, normalized over them. (prompts, answers)"""
     return normalize(all_answer_logps(model, VOCABULARY, PROMPTS, ANSWERS))
 
 
