@@ -304,7 +304,7 @@ STUDY = Study(
             "largest possible gain of E[r] − β KL; the baseline works",
             source="Rafailov et al. 2023, Eq. 3",
             measure=ppo_share,
-            above=0.85,
+            above=0.9,
             full_only=True,
         ),
         Claim(
@@ -325,19 +325,22 @@ STUDY = Study(
         ),
         Claim(
             name="dpo_and_ppo_learned",
-            text="Reward of DPO minus that of PPO with a reward model of the same pairs, the mean "
-            "of five levels",
+            text="Not reproduced, the paper has DPO ahead: reward of DPO minus that of PPO with a "
+            "reward model of the same pairs, the mean of five levels",
             source=PAPER,
             measure=lambda rows: mean_lead(rows, "ppo_learned"),
-            above=-0.3,
+            above=-0.2,
+            below=0,
             full_only=True,
         ),
         Claim(
             name="dpo_and_ppo_true",
-            text="Reward of DPO minus that of PPO with the true reward, the mean of five levels",
+            text="Not reproduced, the paper has DPO ahead: reward of DPO minus that of PPO with "
+            "the true reward, the mean of five levels",
             source=PAPER,
             measure=lambda rows: mean_lead(rows, "ppo_true"),
-            above=-0.5,
+            above=-0.3,
+            below=0,
             full_only=True,
         ),
         Claim(
@@ -345,14 +348,14 @@ STUDY = Study(
             text="Reward of the frontier minus that of DPO at the same KL, the mean of five levels",
             source="measured here; the paper has no frontier",
             measure=lambda rows: gap(rows, "dpo"),
-            below=0.55,
+            below=0.45,
         ),
         Claim(
             name="dpo_best",
             text="Highest mean reward of a DPO policy; the base model has about −0.1",
             source=PAPER,
             measure=lambda rows: max(column(of(rows, method="dpo"), "reward")),
-            above=1.0,
+            above=1.3,
         ),
         Claim(
             name="best_of_n_bound",
@@ -368,7 +371,7 @@ STUDY = Study(
             "of all N",
             source="measured here; Gao et al. 2023 compare best of N with RL",
             measure=best_of_gap,
-            below=0.25,
+            below=0.15,
         ),
         Claim(
             name="dpo_trains_less",
@@ -376,7 +379,7 @@ STUDY = Study(
             "model included, critic not; it follows from the numbers of passes",
             source="Rafailov et al. 2023, section 1, on the cost of RLHF",
             measure=token_ratio,
-            above=2,
+            above=3,
             full_only=True,
         ),
     ),
@@ -419,8 +422,8 @@ STUDY = Study(
         "there are about 5,800 pairs.",
         "PPO with the true reward gets exact rewards of 1,536 reviews of its own, DPO noisy labels "
         "of 4,096 reviews of the base; PPO with a learned reward has the labels, and samples of "
-        "its own as well. Whether this explains the differences was not tested. The paper "
-        "finds DPO above both kinds of PPO.",
+        "its own as well. The paper finds DPO above both kinds of PPO; here it is below both with "
+        "each seed. Whether the data explain this was not tested.",
         "The paper varies the target KL of PPO; here PPO has the same β as DPO, without an "
         "adaptive coefficient.",
         "The searches on seed 9 were not equal: from two learning rates (reward model) to four "
@@ -429,8 +432,8 @@ STUDY = Study(
         "rate was better by 0.002. DPO was also tried with 128 and 512 groups, other batches and "
         "another warm-up. All methods got 256 groups instead of 128 because DPO was weak with "
         "128; the rates were not searched again.",
-        "The five KL levels, the concave hull and the bounds were chosen after the results of "
-        "seed 0 were seen.",
+        "The five KL levels and the concave hull were chosen after the results of seed 0 were "
+        "seen, the bounds after those of all seeds.",
         "The base model was made to answer the system message with π\\* of β = 1/0.7, so that the "
         "message lies near the frontier by construction.",
         "The same four prompts are trained and measured; there is no transfer to new prompts.",
