@@ -48,9 +48,15 @@ HEAD = """# Evidence
 <!-- made by scripts/tools/docs/evidence_page.py from docs/evidence/*.csv -->
 
 This page compares the package with published results. Each study trains toy models with the code
-that trains language models, and measures what came out. The models are so small that the
+that trains language models, and measures the trained policies. The models are so small that the
 probability of every answer can be computed: most numbers are exact, not sampled. A study runs
 offline, on a laptop, in minutes.
+
+The table lists the studies. For a quick look, read each question and look at the figures; the
+claims give numbers, and the deviations say where a study differs from the papers. An answer is a
+completion. The base model is the model before preference training; unless the text says otherwise,
+it is the reference π_ref. π\\* is the optimal policy. The true reward is known; labels are made
+from it.
 
 Each claim has a bound, and a test checks the bounds. [Twelve faults](#mutations) are put into the
 package, one at a time, to see that wrong code breaks the bounds.
