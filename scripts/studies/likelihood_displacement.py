@@ -316,7 +316,7 @@ STUDY = Study(
             "the most similar one",
             source=f"{RAZIN}, Definition 2 and Figure 2",
             measure=told_apart(CHES),
-            above=2,
+            above=8,
             unit="nats",
         ),
         Claim(
@@ -325,7 +325,7 @@ STUDY = Study(
             "and for the inner product of the last hidden states",
             source=f"{RAZIN}, Figure 2",
             measure=ches_lead,
-            above=0,
+            above=5,
             unit="nats",
         ),
         Claim(
