@@ -280,13 +280,12 @@ STUDY = Study(
         "model: the best of three epochs on the pairs, by the loss on about 720 held-out pairs, "
         "as in the paper. Each method has three settings: β of 0.3, 1 and 3 for DPO and PPO, α "
         "of 0.1, 0.5 and 1 for unlikelihood, three orders of the data for preferred fine-tuning. "
-        "**Measurement:** each policy is measured at five steps of its run. Reward and KL are "
-        "exact sums over all reviews. A method's reward at a KL level is read from the upper "
-        "concave hull of its policies and the base model, because policies can be mixed and KL "
-        "is convex. Labels, batches and PPO's reviews are sampled. **Learning rates** were "
-        "chosen on seed 9 (not shown), by the mean of the best rewards within seven KL levels: "
-        "3e-4 for DPO, 1e-3 for preferred fine-tuning, unlikelihood and the reward model, 4e-4 "
-        "for PPO."
+        "**Measurement:** each policy is measured at five steps of its run. Both axes are exact "
+        "sums. A method's reward at a KL level is read from the upper concave hull of its "
+        "policies and the base model, because policies can be mixed and KL is convex. Labels, "
+        "batches and PPO's reviews are sampled. **Learning rates** were chosen on seed 9 (not "
+        "shown), by the mean of the best rewards within seven KL levels: 3e-4 for DPO, 4e-4 for "
+        "PPO, 1e-3 for the others and the reward model."
     ),
     run=run,
     claims=(
@@ -436,7 +435,7 @@ STUDY = Study(
         "seen, the bounds after those of all seeds.",
         "The base model was made to answer the system message with π\\* of β = 1/0.7, so that the "
         "message lies near the frontier by construction.",
-        "The same four prompts are trained and measured; there is no transfer to new prompts.",
+        "The same four prompts are trained and measured; new prompts are not.",
     ),
     sources=(
         "Rafailov et al. 2023, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)",
