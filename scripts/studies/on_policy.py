@@ -179,7 +179,8 @@ def draw_rewards(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     """Draw reward against the number of sampled answers, and against the KL divergence."""
     y_label = "expected reward"
     answers = add_axes(figure, 1, 2, 1, x_label="sampled answers", y_label=y_label)
-    kls = add_axes(figure, 1, 2, 2, x_label="KL(π ‖ base), nats", y_label=y_label)
+    answers.set_xticks(sorted(distinct(trained(rows, method=LOOP), "answers")))
+    kls = add_axes(figure, 1, 2, 2, x_label="KL(π ‖ base) (nats)", y_label=y_label)
     first = [row | {"method": OFFLINE} for row in trained(rows, method=LOOP, step=STEPS)]
     for index, (label, group) in enumerate(_series(rows)):
         more = first if label == OFFLINE else []
@@ -190,7 +191,9 @@ def draw_rewards(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     for seed in distinct(rows, "seed"):
         curve = sorted(of(rows, seed=seed), key=lambda row: row["kl"])
         style = {"color": theme.ink, "linewidth": 0.8}
-        kls.plot(column(curve, "kl"), column(curve, "largest_reward"), **style, label="optimal")
+        kls.plot(
+            column(curve, "kl"), column(curve, "largest_reward"), **style, label="optimal policies"
+        )
     add_legend(figure)
 
 
@@ -210,7 +213,7 @@ def draw_coverage(figure: "Figure", rows: Rows, theme: "Theme") -> None:
     """Draw reward against the coverage of the data, and against the KL divergence, by data."""
     y_label = "expected reward"
     coverage = add_axes(figure, 1, 2, 1, x_label="coverage of π* by the pairs", y_label=y_label)
-    kls = add_axes(figure, 1, 2, 2, x_label="KL(π ‖ base), nats", y_label=y_label)
+    kls = add_axes(figure, 1, 2, 2, x_label="KL(π ‖ base) (nats)", y_label=y_label)
     offline = of(trained(rows, method=OFFLINE), beta=BETA)
     most = max(column(offline, "answers"))
     for index, data in enumerate(distinct(offline, "data")):
