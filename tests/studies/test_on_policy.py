@@ -58,13 +58,15 @@ def test_other_writers_pair_their_best_and_worst_answer():
     assert {pair["prompt"] for pair in pairs} <= set(genres.TRAINING)
 
 
-def test_equal_kl_compares_with_checkpoints_of_no_larger_kl():
+def test_equal_kl_compares_with_mixtures_of_no_larger_kl():
     loop = {"method": "loop", "labels": runs.BEST_WORST, "data": "the policy", "end": 1}
     offline = {"method": "offline", "labels": runs.BEST_WORST, "data": "base", "end": 0}
+    steps = ({"answers": n, "kl": 1.0 * n, "reward": 1.0 * n, "base_reward": 0} for n in (1, 2, 3))
     rows = [
-        *(loop | {"answers": n, "kl": 1.0 * n, "reward": 1.0 * n} for n in (1, 2, 3)),
+        *(loop | step for step in steps),
         offline | {"kl": 2.5, "reward": 1.5},
-        offline | {"kl": 3.5, "reward": 9.0},
+        offline | {"kl": 3.5, "reward": 2.0},
         offline | {"kl": 1.0, "reward": 9.0, "data": "praise"},
     ]
-    assert on_policy.gain_at_equal_kl(rows) == pytest.approx(1.5)
+    # Half of each of the two checkpoints has a KL of 3 at most, and the reward 1.75.
+    assert on_policy.gain_at_equal_kl(rows) == pytest.approx(3 - 1.75)
