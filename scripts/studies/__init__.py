@@ -30,6 +30,7 @@ NAMES = (
     "overoptimization",
     "lora_and_bits",
     "on_policy",
+    "principles",
 )
 
 
