@@ -212,14 +212,14 @@ def tabulate(rows: Rows) -> Rows:
     """Return a line per method, with means over the seeds."""
     return [
         {
-            "method": method,
-            "answers sampled": round(value(rows, str(method), "answers")),
-            "labels": round(value(rows, str(method), "labels")),
-            "pairs": round(value(rows, str(method), "pairs")),
-            "chosen correct": _percent(value(rows, str(method), "chosen_correct")),
-            "polite": _percent(value(rows, str(method), "polite")),
-            "correct": _percent(value(rows, str(method), "correct")),
-            "KL, nats": _number(value(rows, str(method), "kl")),
+            "Method": method,
+            "Sampled answers": round(value(rows, str(method), "answers")),
+            "Labels": round(value(rows, str(method), "labels")),
+            "Pairs": round(value(rows, str(method), "pairs")),
+            "Chosen correct": _percent(value(rows, str(method), "chosen_correct")),
+            "Polite": _percent(value(rows, str(method), "polite")),
+            "Correct": _percent(value(rows, str(method), "correct")),
+            "KL (nats)": _number(value(rows, str(method), "kl")),
             "CPU seconds": round(value(rows, str(method), "cpu_seconds")),
         }
         for method in distinct(rows, "method")
