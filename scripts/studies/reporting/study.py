@@ -70,8 +70,10 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """Whether every number keeps the bound; NaN does not."""
-        return all(self.claim.above < value < self.claim.below for value in self.values)
+        """Whether every number keeps the bound; NaN does not, nor does a claim without numbers."""
+        return bool(self.values) and all(
+            self.claim.above < value < self.claim.below for value in self.values
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

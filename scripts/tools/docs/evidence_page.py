@@ -59,7 +59,8 @@ it is the reference π_ref. π\\* is the optimal policy. The true reward is know
 from it.
 
 Each claim has a bound, and a test checks the bounds. [Twelve faults](#mutations) are put into the
-package, one at a time, to see that wrong code breaks the bounds.
+package, one at a time, to see that wrong code breaks the bounds. Bounds were set with a margin
+after numbers of these seeds were known: they find faults, they are no predictions.
 
 After [`./scripts/setup --dev`](../CONTRIBUTING.md) and `source .venv/bin/activate`:
 
@@ -71,8 +72,8 @@ python -m scripts.tools.docs.evidence_page    # this page, from the rows in docs
 ```
 
 A seed changes model, data and training. A measured number is the mean over the seeds, with minimum
-and maximum in brackets. A claim holds if the number of every seed keeps the bound. No study uses a
-GPU.
+and maximum in brackets. A claim holds if the number of every seed keeps the bound; some claims
+have one number, computed from all seeds. No study uses a GPU.
 """
 NO_ROWS = "\nThese studies have no rows yet: {names}.\n"
 MUTATIONS_HEAD = """
