@@ -238,6 +238,10 @@ def claim(
 STUDY = Study(
     name="ipo_bandit",
     title="IPO stays near the reference where DPO does not",
+    result=(
+        "DPO becomes deterministic for every τ. IPO arrives at its closed form and stays near "
+        "the reference."
+    ),
     question=(
         "If an action wins every comparison, DPO's loss falls as long as the probability of this "
         "action grows, for any strength τ of the regularization. IPO instead regresses the "

@@ -173,6 +173,10 @@ PAPER = "Ray Chowdhury et al. 2024"
 STUDY = Study(
     name="label_noise",
     title="Robust DPO keeps its reward if labels are flipped",
+    result=(
+        "Robust DPO arrives at the optimum of the true labels. On sampled labels it gains "
+        "less, and DPO with a smaller β nearly as much."
+    ),
     question=(
         "If a known share ε of the labels is flipped at random, the loss of robust DPO (rDPO) is "
         "an unbiased estimate of DPO's loss on the true labels. Ray Chowdhury et al. (2024) "

@@ -251,6 +251,10 @@ PARK = "Park et al. 2024"
 STUDY = Study(
     name="length",
     title="DPO exploits length",
+    result=(
+        "DPO's answers get longer than all of its data. LD-DPO, DPO per token and SimPO "
+        "lengthen them less."
+    ),
     question=(
         "In preference data, chosen answers are slightly longer than rejected ones: 79.6 against "
         "75.7 tokens in HH. Park et al. (2024) find that DPO then gives answers that are far "

@@ -229,6 +229,10 @@ RAZIN = "Razin et al. 2024"
 STUDY = Study(
     name="likelihood_displacement",
     title="Likelihood displacement: similar answers, and where their probability goes",
+    result=(
+        "Similar answers fall together, and the theory names where the probability goes. SFT, "
+        "DPOP or a filter by CHES keep chosen answers."
+    ),
     question=(
         "Razin et al. train language models to prefer `No` over `Never`, and `Yes` becomes "
         "likely. Their theory says that the similarity of the two answers is the cause, and "

@@ -252,6 +252,10 @@ SOURCE = "Pal et al. 2024"
 STUDY = Study(
     name="near_duplicates",
     title="Near-duplicates: DPO lowers the chosen answers, DPO-Positive keeps them",
+    result=(
+        "DPO makes chosen answers less likely if the rejected ones differ in one token. DPOP "
+        "keeps them."
+    ),
     question=(
         "DPO's loss depends on the difference of two log-ratios only. It can fall while the chosen "
         "answer gets less likely, if the rejected answer loses more. Pal et al. show that this "

@@ -233,6 +233,10 @@ XU = "Xu et al. 2024, arXiv:2404.10719"
 STUDY = Study(
     name="on_policy",
     title="Iterative DPO on its own answers",
+    result=(
+        "The loop gains more reward from as many answers, also at equal KL divergence. With "
+        "sampled labels it gains no more of r − β KL."
+    ),
     question=(
         "DPO is an offline method: answers are sampled once, often by another model. Several "
         "papers find that it gains more reward if the policy samples new answers during "

@@ -156,6 +156,10 @@ def draw_optimum(figure: "Figure", rows: Rows, theme: "Theme") -> None:
 STUDY = Study(
     name="optimum",
     title="DPO reaches the optimal policy",
+    result=(
+        "Yes, for every β: the policy is π\\* on the compared answers. Their total "
+        "probability is left free."
+    ),
     question=(
         "The policy that maximizes reward minus β times the KL divergence from the reference is "
         "π\\*(y|x) ∝ π_ref(y|x) exp(r(x, y)/β). DPO's loss has its minimum at this policy if "

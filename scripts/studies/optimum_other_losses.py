@@ -238,6 +238,10 @@ CLAIMS = (
 STUDY = Study(
     name="optimum_other_losses",
     title="The other losses reach their own optima",
+    result=(
+        "Yes, where the minimum is one point. KTO and EXO can stop on a flat part of the loss "
+        "before it."
+    ),
     question=(
         "Other losses have other optimal policies. Some bound the margin, some recover the "
         "preferences behind flipped labels, and some use another divergence than KL. The minima "

@@ -257,6 +257,10 @@ PAPER = "Rafailov et al. 2023, Fig. 2 left"
 STUDY = Study(
     name="reward_kl",
     title="Reward against KL divergence",
+    result=(
+        "DPO is above preferred fine-tuning and unlikelihood at equal KL divergence. It is "
+        "below PPO, unlike in the paper."
+    ),
     question=(
         "The DPO paper compares methods by the reward that they reach at each KL divergence from "
         "the base model. It finds DPO above PPO, preferred fine-tuning and unlikelihood (Fig. 2 "

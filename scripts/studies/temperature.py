@@ -305,6 +305,10 @@ def draw_win_rates(figure: "Figure", rows: Rows, theme: "Theme") -> None:
 STUDY = Study(
     name="temperature",
     title="Win rate over sampling temperature",
+    result=(
+        "DPO wins most against base and preferred fine-tuning at every temperature. The "
+        "package samples from the exact distribution."
+    ),
     question=(
         "Figure 2 (right) of the DPO paper shows win rates on TL;DR against reference summaries "
         "at sampling temperatures from 0 to 1. DPO wins about 61 % at temperature 0, and loses "

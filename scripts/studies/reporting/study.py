@@ -116,6 +116,8 @@ class Study:
     Attributes:
         name: name of its module.
         title: heading on the page.
+        result: what the study found, without numbers, in at most two sentences; it answers the
+            question.
         question: paragraph on the page: what is published, where, and what is asked.
         setup: paragraph on the page: model, data, settings, what is exact and what is sampled.
         run: function that yields the rows; each has a column `seed`.
@@ -128,6 +130,7 @@ class Study:
 
     name: str
     title: str
+    result: str
     question: str
     setup: str
     run: Callable[[Scale], Iterable[Row]]

@@ -172,12 +172,12 @@ def alt_text(study: Study, picture: Picture) -> str:
 
 
 def _summary(results: Sequence[Result]) -> str:
-    lines = ["\n| study | claims | hold | seeds | time |\n|---|--:|--:|--:|--:|\n"]
+    lines = ["\n| study | result | claims | hold | seeds | time |\n|---|---|--:|--:|--:|--:|\n"]
     for study, _, run, findings in results:
         held = sum(finding.holds for finding in findings)
         count = f"{held}" if held == len(findings) else f"**{held}**"
         lines.append(
-            f"| [{study.title}](#{study.name}) | {len(findings)} | {count} "
+            f"| [{study.title}](#{study.name}) | {study.result} | {len(findings)} | {count} "
             f"| {len(_seeds(run))} | {format_duration(float(run['seconds']))} |\n"
         )
     return "".join(lines)
@@ -187,6 +187,7 @@ def _section(result: Result) -> str:
     study, rows, _, findings = result
     parts = [
         f'\n<a id="{study.name}"></a>\n\n## {study.title}\n\n{study.question}\n',
+        f"\n**Result.** {study.result}\n",
         f"\n**Setup.** {study.setup}\n",
         _command(result),
         *(_picture(study, picture) for picture in study.pictures),
@@ -194,13 +195,18 @@ def _section(result: Result) -> str:
         "\n| claim | source | bound | measured | result |\n|---|---|---|---|---|\n",
         *map(_claim, findings),
     ]
-    if study.deviations:
-        parts.append("\n**Deviations from the papers.**\n\n")
-        parts += (f"- {sentence}\n" for sentence in study.deviations)
-    if study.sources:
-        parts.append("\n**Sources.**\n\n")
-        parts += (f"- {source}\n" for source in study.sources)
+    parts += _folded("Deviations from the papers", study.deviations)
+    parts += _folded("Sources", study.sources)
     return "".join(parts)
+
+
+def _folded(summary: str, items: Sequence[str]) -> Iterator[str]:
+    """Yield a list that opens at a click on its summary, if there are any items."""
+    if not items:
+        return
+    yield f'\n<details markdown="1">\n<summary>{summary} ({len(items)})</summary>\n\n'
+    yield from (f"- {item}\n" for item in items)
+    yield "\n</details>\n"
 
 
 def _command(result: Result) -> str:
