@@ -242,6 +242,10 @@ HERE = "this study"
 STUDY = Study(
     name="principles",
     title="Preferences without labels: principles and contrast prompts",
+    result=(
+        "Contrast prompts make nearly every answer polite without a label, as judged answers do. "
+        "Principles cost most answers and gain least."
+    ),
     question=(
         "Bai et al. 2022 let a model criticise and revise its own answers by written principles. "
         "Yang et al. 2023 let it answer under a good and under a bad system prompt, and take the "

@@ -3,6 +3,7 @@
 python -m scripts.studies.temperature [--quick]
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,6 +209,7 @@ def run(scale: Scale) -> Iterator[Row]:
         reference = SPACE.all_logps(base.base.model, SUBJECTS)
         optimum = optimal_policy(reference, REWARDS, BETA)
         policies = {"base": base} | train_policies(model, reference, seed)
+        sampling_seeds = itertools.count(1000 * seed)  # so that samples are independent
         for temperature in temperatures:
             tempered = np.stack([SPACE.temper(logps, temperature) for logps in optimum])
             tempered_base = SPACE.all_logps(base.base.model, SUBJECTS, temperature=temperature)
@@ -219,7 +221,9 @@ def run(scale: Scale) -> Iterator[Row]:
                     np.exp(SPACE.all_logps(policy.base.model, SUBJECTS, temperature=value))
                     for value in (temperature, temperature + TEMPERATURE_ERROR)
                 )
-                counts = sample_counts(policy, temperature, samples if temperature else 1, seed)
+                counts = sample_counts(
+                    policy, temperature, samples if temperature else 1, next(sampling_seeds)
+                )
                 row = _row(seed, method, temperature, exact)
                 yield row | compare_samples(counts, exact, other)
 
@@ -328,11 +332,9 @@ STUDY = Study(
         "of all answers of up to three words; all other answers count as one, with the lowest "
         "reward. The best of 128 and the optimal policy are computed from formulas. In addition, "
         f"the package's generation API samples {SAMPLES} answers per prompt, policy and "
-        f"temperature with a fixed seed ({SAMPLES * len(SUBJECTS):,} per point of the figure). A "
-        "chi-square statistic compares their counts with the exact distribution; the sum of all "
-        "statistics of a seed is converted to a standard normal score. Policies and temperatures "
-        "share the random numbers of a seed, so their statistics are not independent, and the "
-        "score is not a test of exact size."
+        f"temperature, each time with another seed ({SAMPLES * len(SUBJECTS):,} per point of the "
+        "figure). A chi-square statistic compares their counts with the exact distribution; the "
+        "sum of all statistics of a seed is converted to a standard normal score."
     ),
     run=run,
     claims=(
