@@ -298,10 +298,7 @@ ON_TLDR = "Rafailov et al. 2024, experiments on TL;DR (win rate against KL)"
 STUDY = Study(
     name="overoptimization",
     title="Over-optimization",
-    result=(
-        "At low β the true reward rises and then falls. It falls after many epochs, later "
-        "than in the paper."
-    ),
+    result="At low β the true reward rises and then falls, later than in the paper.",
     question=(
         "Rafailov et al. (2024) find that DPO, IPO and SLiC over-optimize as RLHF does: while "
         "the KL divergence from the reference grows, the true reward (the papers' gold reward) "

@@ -257,10 +257,7 @@ PAPER = "Rafailov et al. 2023, Fig. 2 left"
 STUDY = Study(
     name="reward_kl",
     title="Reward against KL divergence",
-    result=(
-        "DPO is above preferred fine-tuning and unlikelihood at equal KL divergence. It is "
-        "below PPO, unlike in the paper."
-    ),
+    result="DPO is above fine-tuning and unlikelihood, and below PPO, unlike in the paper.",
     question=(
         "The DPO paper compares methods by the reward that they reach at each KL divergence from "
         "the base model. It finds DPO above PPO, preferred fine-tuning and unlikelihood (Fig. 2 "
@@ -288,8 +285,7 @@ STUDY = Study(
         "sums. A method's reward at a KL level is read from the upper concave hull of its "
         "policies and the base model, because policies can be mixed and KL is convex. Labels, "
         "batches and PPO's reviews are sampled. **Learning rates** were chosen on seed 9 (not "
-        "shown), by the mean of the best rewards within seven KL levels: 3e-4 for DPO, 4e-4 for "
-        "PPO, 1e-3 for the others and the reward model."
+        "shown), by the mean best reward in seven KL levels: 3e-4 (DPO), 4e-4 (PPO), else 1e-3."
     ),
     run=run,
     claims=(

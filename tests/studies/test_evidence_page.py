@@ -26,6 +26,7 @@ def draw(figure, rows, theme):
 STUDY = Study(
     name="toy",
     title="A toy",
+    result="It is.",
     question="Is it?",
     setup="So.",
     run=lambda scale: (),
@@ -70,13 +71,13 @@ def test_claims_have_mean_range_and_verdict(folder):
         "| `small` y of π(y\\|x) | Eq. 1 | <\u00a03 nats | 1.5 [1, 2] nats | holds |\n"
         "| `sum` all of y | Eq. 2 | >\u00a05 | 3 | **DOES NOT HOLD** |\n"
     ) in text
-    assert "| [A toy](#toy) | 2 | **1** | 2 | 2 min 5 s |\n" in text
+    assert "| [A toy](#toy) | It is. | 2 | **1** | 2 | 2 min 5 s |\n" in text
 
 
 def test_the_run_and_all_texts_of_the_study_are_on_the_page(folder):
     text = evidence_page.page(folder)
     for part in (
-        '<a id="toy"></a>\n\n## A toy\n\nIs it?\n\n**Setup.** So.\n',
+        '<a id="toy"></a>\n\n## A toy\n\nIs it?\n\n**Result.** It is.\n\n**Setup.** So.\n',
         "python -m scripts.studies.toy\n```",
         "2 min 5 s on M5 with 10 cores (load 0.1 before the start; 99 s of processor time)",
         "321 MB of memory at the peak. Commit 0123456, 2026-01-02 03:04 UTC, mlx 1. "

@@ -48,7 +48,7 @@ def make_claim(**values):
 
 
 def make_study(*claims, **values):
-    texts = {"name": "s", "title": "T", "question": "Q?", "setup": "S."}
+    texts = {"name": "s", "title": "T", "result": "R.", "question": "Q?", "setup": "S."}
     return Study(run=lambda scale: ROWS, claims=claims, **texts | values)
 
 
