@@ -174,8 +174,8 @@ STUDY = Study(
     name="label_noise",
     title="Robust DPO keeps its reward if labels are flipped",
     result=(
-        "Robust DPO arrives at the optimum of the true labels. On sampled labels it gains "
-        "less, and DPO with a smaller β nearly as much."
+        "Robust DPO arrives at the optimum of the true labels. With sampled labels it gains more "
+        "reward than DPO, at a larger KL divergence; DPO with a smaller β gains nearly as much."
     ),
     question=(
         "If a known share ε of the labels is flipped at random, the loss of robust DPO (rDPO) is "

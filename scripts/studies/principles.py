@@ -243,8 +243,8 @@ STUDY = Study(
     name="principles",
     title="Preferences without labels: principles and contrast prompts",
     result=(
-        "Contrast prompts make nearly every answer polite without a label, as judged answers do. "
-        "Principles cost most answers and gain least."
+        "From as many answers, all four methods make the model about equally polite, and none as "
+        "polite as the system prompt does. Contrast prompts need no label."
     ),
     question=(
         "Bai et al. 2022 let a model criticise and revise its own answers by written principles. "

@@ -71,7 +71,7 @@ def test_claims_have_mean_range_and_verdict(folder):
         "| `small` y of π(y\\|x) | Eq. 1 | <\u00a03 nats | 1.5 [1, 2] nats | holds |\n"
         "| `sum` all of y | Eq. 2 | >\u00a05 | 3 | **DOES NOT HOLD** |\n"
     ) in text
-    assert "| [A toy](#toy) | It is. | 2 | **1** | 2 | 2 min 5 s |\n" in text
+    assert "| [A toy](#toy) | It is. | **1 of 2** | 2 min 5 s |\n" in text
 
 
 def test_the_run_and_all_texts_of_the_study_are_on_the_page(folder):

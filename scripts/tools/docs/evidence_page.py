@@ -172,13 +172,14 @@ def alt_text(study: Study, picture: Picture) -> str:
 
 
 def _summary(results: Sequence[Result]) -> str:
-    lines = ["\n| study | result | claims | hold | seeds | time |\n|---|---|--:|--:|--:|--:|\n"]
+    lines = ["\n| study | result | claims that hold | time |\n|---|---|--:|--:|\n"]
     for study, _, run, findings in results:
         held = sum(finding.holds for finding in findings)
-        count = f"{held}" if held == len(findings) else f"**{held}**"
+        count = f"{held} of {len(findings)}"
         lines.append(
-            f"| [{study.title}](#{study.name}) | {study.result} | {len(findings)} | {count} "
-            f"| {len(_seeds(run))} | {format_duration(float(run['seconds']))} |\n"
+            f"| [{study.title}](#{study.name}) | {study.result} "
+            f"| {count if held == len(findings) else f'**{count}**'} "
+            f"| {format_duration(float(run['seconds']))} |\n"
         )
     return "".join(lines)
 
