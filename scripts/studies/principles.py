@@ -362,7 +362,7 @@ STUDY = Study(
             name="shares",
             caption=(
                 "Shares of polite and of correct answers to 200 held-out prompts, in per cent; "
-                "one point per seed, with its Wilson 95 % interval (n = 200)."
+                "one point per seed, with its Wilson 95 % interval (n = 200). The scales differ."
             ),
             draw=draw_shares,
             size=(9.0, 3.6),
