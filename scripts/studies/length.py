@@ -253,7 +253,7 @@ STUDY = Study(
     title="DPO exploits length",
     result=(
         "DPO's answers get longer than all of its data; a part of it is what the labels ask for. "
-        "LD-DPO, DPO per token and SimPO lengthen answers less."
+        "At equal reward, LD-DPO, DPO per token and SimPO lengthen answers less."
     ),
     question=(
         "In preference data, chosen answers are slightly longer than rejected ones: 79.6 against "
