@@ -230,8 +230,8 @@ STUDY = Study(
     name="likelihood_displacement",
     title="Likelihood displacement: similar answers, and where their probability goes",
     result=(
-        "Similar answers fall together, and the theory names where the probability goes. SFT, "
-        "DPOP or a filter by CHES keep chosen answers."
+        "Similar answers fall together, and the theory names where the probability goes. An "
+        "SFT term or DPOP keeps chosen answers."
     ),
     question=(
         "Razin et al. train language models to prefer `No` over `Never`, and `Yes` becomes "
@@ -436,9 +436,11 @@ STUDY = Study(
         "and 16, 19 and 16 have none. With all of them refusals become more frequent, not rarer: "
         "a small model learns from few pairs with one refusal to refuse everything. The paper's "
         "rates fall with the whole data set; here they fall with the pairs of two refusals only. "
-        "So the filter, which chooses among all pairs, is not compared with all pairs.",
+        "So no benefit of the filter, which chooses among all pairs, is shown: with it 98, 87 and "
+        "100 % of answers are refusals, with all pairs 100, 98 and 96 %.",
     ),
     sources=(
+        "Rafailov et al. 2023, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)",
         "Razin et al. 2024, [arXiv:2410.08847](https://arxiv.org/abs/2410.08847)",
         "Pal et al. 2024, [arXiv:2402.13228](https://arxiv.org/abs/2402.13228)",
     ),

@@ -378,8 +378,10 @@ STUDY = Study(
         "rates differ by a factor of 2, so that the ratio is known to a factor of 2 on either "
         "side; the papers tune for the loss, not for the reward.",
         "Biderman et al. find that lower ranks forget less. Here rank 1 goes farther from the base "
-        "than rank 64 for the same margin. They measure forgetting on other tasks, after training "
-        "on 100,000 rows and more; here it is the KL divergence from the base after 384 pairs.",
+        "than rank 64, with the same settings and a margin that is 4 to 16 % larger; so does rank "
+        "4, with 1.3 to 1.4 times the KL divergence. They measure forgetting on other tasks, after "
+        "training on 100,000 rows and more; here it is the KL divergence from the base after 384 "
+        "pairs.",
         "On 2 bits the margin is 1.3 to 2.1 times as large as on 16 bits, and the reward is lower: "
         "a margin is measured from the run's own base and does not compare bases. What is lost is "
         "the share of correct answers, which training does not bring back.",

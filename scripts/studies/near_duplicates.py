@@ -360,7 +360,10 @@ STUDY = Study(
         "equal margins.",
         "DPO lowers chosen answers in the set of distant pairs as well, though less.",
     ),
-    sources=("Pal et al. 2024, [arXiv:2402.13228](https://arxiv.org/abs/2402.13228)",),
+    sources=(
+        "Pal et al. 2024, [arXiv:2402.13228](https://arxiv.org/abs/2402.13228)",
+        "Rafailov et al. 2023, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)",
+    ),
 )
 
 if __name__ == "__main__":

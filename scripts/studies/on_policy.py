@@ -234,8 +234,8 @@ STUDY = Study(
     name="on_policy",
     title="Iterative DPO on its own answers",
     result=(
-        "The loop gains more reward from as many answers, also at equal KL divergence. With "
-        "sampled labels it gains no more of r − β KL."
+        "The loop gains more reward from as many answers, after round 3 also at equal KL "
+        "divergence. With sampled labels it gains no more of r − β KL."
     ),
     question=(
         "DPO is an offline method: answers are sampled once, often by another model. Several "
@@ -367,7 +367,9 @@ STUDY = Study(
         "The best and the worst answer are compared without noise, so that DPO has no finite "
         "optimum and the KL divergence of the loop grows by the round. In round 4 a further "
         "round can cost reward (2.4 → 1.7 with seed 0): the answers are nearly equal, and the "
-        "few remaining pairs are trained on more often.",
+        "few remaining pairs are trained on more often. `equal_kl` is about round 3: after round 4 "
+        "of seed 0 an offline policy has more reward at less KL divergence (1.89 at 2.7 nats, the "
+        "loop 1.72 at 3.7).",
         "With Bradley–Terry labels, offline DPO and the loop have the same target, the optimal "
         "policy for β = 1. The loop moves farther and has the higher reward, but a part of it is "
         "the larger KL divergence: with seeds 0, 1 and 2 it reaches 35, 44 and 49 % of the "
@@ -392,6 +394,7 @@ STUDY = Study(
         "default), the loop moves farther; no claim is made about it.",
     ),
     sources=(
+        "Rafailov et al. 2023, [arXiv:2305.18290](https://arxiv.org/abs/2305.18290)",
         "Guo et al. 2024, online AI feedback, [arXiv:2402.04792](https://arxiv.org/abs/2402.04792)",
         "Tajwar et al. 2024, [arXiv:2404.14367](https://arxiv.org/abs/2404.14367)",
         "Tang et al. 2024, [arXiv:2405.08448](https://arxiv.org/abs/2405.08448)",

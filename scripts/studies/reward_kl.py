@@ -394,7 +394,7 @@ STUDY = Study(
         ),
         Picture(
             name="cost",
-            caption="Reward of a method, the mean at 0.5, 0.75, 1, 1.5 and 2 nats "
+            caption="Reward (−3 to 3) of a method, the mean at 0.5, 0.75, 1, 1.5 and 2 nats "
             "of KL, against the cost of one of its runs (mean of three settings). Tokens are "
             "those of answers: sampled ones of the pairs and of PPO, trained ones once per pass. "
             "One point per seed.",

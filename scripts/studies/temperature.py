@@ -310,8 +310,8 @@ STUDY = Study(
     name="temperature",
     title="Win rate over sampling temperature",
     result=(
-        "DPO wins most against base and preferred fine-tuning at every temperature. The "
-        "package samples from the exact distribution."
+        "DPO has a higher win rate than base and preferred fine-tuning at every temperature. "
+        "Samples of the package agree with the exact distribution."
     ),
     question=(
         "Figure 2 (right) of the DPO paper shows win rates on TL;DR against reference summaries "
