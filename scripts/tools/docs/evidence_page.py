@@ -48,9 +48,10 @@ HEAD = """# Evidence
 <!-- made by scripts/tools/docs/evidence_page.py from docs/evidence/*.csv -->
 
 This page compares the package with published results. Each study trains toy models with the code
-that trains language models, and measures the trained policies. The models are so small that the
-probability of every answer can be computed: most numbers are exact, not sampled. A study runs
-offline, on a laptop, in minutes.
+that trains language models, and measures the trained policies. Most models are so small that the
+probability of every answer can be computed: their numbers are exact, not sampled. The studies of
+LoRA and of principles sample answers of a chat model. A study runs offline, on a laptop, in
+minutes.
 
 The table lists the studies. For a quick look, read each question and look at the figures; the
 claims give numbers, and the deviations say where a study differs from the papers. An answer is a
@@ -71,9 +72,9 @@ python -m scripts.studies.mutations           # the twelve faults
 python -m scripts.tools.docs.evidence_page    # this page, from the rows in docs/evidence
 ```
 
-A seed changes model, data and training. A measured number is the mean over the seeds, with minimum
-and maximum in brackets. A claim holds if the number of every seed keeps the bound; some claims
-have one number, computed from all seeds. No study uses a GPU.
+A seed changes model, data and training, unless the setup says otherwise. A measured number is the
+mean over the seeds, with minimum and maximum in brackets. A claim holds if the number of every
+seed keeps the bound; some claims have one number, computed from all seeds. No study uses a GPU.
 """
 NO_ROWS = "\nThese studies have no rows yet: {names}.\n"
 MUTATIONS_HEAD = """
