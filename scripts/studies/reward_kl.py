@@ -308,7 +308,7 @@ STUDY = Study(
         ),
         Claim(
             name="dpo_over_preferred_ft",
-            text="Reward of DPO minus that of preferred fine-tuning at the same KL, the "
+            text="Reward of DPO minus that of preferred fine-tuning within the same KL, the "
             "smallest of five levels from 0.5 to 2 nats",
             source=PAPER,
             measure=lambda rows: smallest_lead(rows, "preferred_ft"),
@@ -422,7 +422,7 @@ STUDY = Study(
         "PPO with the true reward gets exact rewards of 1,536 reviews of its own, DPO noisy labels "
         "of 4,096 reviews of the base; PPO with a learned reward has the labels, and samples of "
         "its own as well. The paper finds DPO above both; here its mean is below on each seed, "
-        "not each level (0.97, PPO 0.88 and 0.93: 0.5 nats, seed 2). The cause was not tested.",
+        "but not at every level (0.97, PPO 0.88 and 0.93: 0.5 nats, seed 2). Why is not tested.",
         "The paper varies the target KL of PPO; here PPO has the same β as DPO, without an "
         "adaptive coefficient.",
         "The searches on seed 9 were not equal: from two learning rates (reward model) to four "
