@@ -172,7 +172,7 @@ def draw_assumed(figure: "Figure", rows: Rows, theme: "Theme") -> None:
 PAPER = "Ray Chowdhury et al. 2024"
 STUDY = Study(
     name="label_noise",
-    title="Robust DPO keeps its reward if labels are flipped",
+    title="Flipped labels: DPO, conservative, robust and IPO",
     result=(
         "Robust DPO arrives at the optimum of the true labels. With sampled labels it gains more "
         "reward than DPO, at a larger KL divergence; DPO with a smaller β gains nearly as much."

@@ -10,18 +10,7 @@ import numpy as np
 
 from mlx_dpo import load_policy
 from scripts.studies.baselines.best_of import best_of, kl_bound
-from scripts.studies.parts.reward_kl import methods
-from scripts.studies.parts.reward_kl.kl_levels import (
-    best_of_gap,
-    gap,
-    largest_excess,
-    last_mean,
-    last_rows,
-    mean_lead,
-    mean_reward,
-    smallest_lead,
-    token_ratio,
-)
+from scripts.studies.parts.reward_kl import kl_levels, methods
 from scripts.studies.parts.reward_kl.world import Progress, World, make_world, measure_steps
 from scripts.studies.reporting.command import main
 from scripts.studies.reporting.figures import add_axes, add_legend, line_style
@@ -214,8 +203,8 @@ def draw_cost(figure: "Figure", rows: Rows, theme: "Theme") -> None:
         for index, method in enumerate(STYLED):
             if method in TRAINED and of(rows, method=method):
                 scale = 1e-3 if name.endswith("tokens") else 1.0
-                costs = [scale * last_mean(group, method, name) for group in by_seed]
-                rewards = [mean_reward(group, method) for group in by_seed]
+                costs = [scale * kl_levels.last_mean(group, method, name) for group in by_seed]
+                rewards = [kl_levels.mean_reward(group, method) for group in by_seed]
                 axes.plot(costs, rewards, **_style(theme, index))
         axes.set_xlim(left=0)
     add_legend(figure, columns=5)
@@ -232,7 +221,7 @@ def tabulate(rows: Rows) -> Rows:
     table: list[Row] = []
     for method, label in NAMES.items():
         for setting in distinct(of(rows, method=method), "setting"):
-            found = last_rows(rows, method, float(setting))
+            found = kl_levels.last_rows(rows, method, float(setting))
             mean = {name: np.mean(column(found, name)) for name in MEASURED}
             table.append(
                 {
@@ -294,7 +283,7 @@ STUDY = Study(
             text="Reward of the best policy of any method minus the frontier at the same KL; it "
             "cannot be positive, and checks the measurements",
             source="Rafailov et al. 2023, Eq. 4",
-            measure=largest_excess,
+            measure=kl_levels.largest_excess,
             below=0.01,
         ),
         Claim(
@@ -311,14 +300,21 @@ STUDY = Study(
             text="Reward of DPO minus that of preferred fine-tuning within the same KL, the "
             "smallest of five levels from 0.5 to 2 nats",
             source=PAPER,
-            measure=lambda rows: smallest_lead(rows, "preferred_ft"),
+            measure=lambda rows: kl_levels.smallest_lead(rows, "preferred_ft"),
             above=0.05,
+        ),
+        Claim(
+            name="dpo_over_near_preferred_ft",
+            text="The same at 0.1, 0.2 and 0.3 nats, which both methods reach, the mean",
+            source=PAPER,
+            measure=lambda rows: kl_levels.mean_lead(rows, "preferred_ft", kl_levels.NEAR),
+            above=0.0,
         ),
         Claim(
             name="dpo_over_unlikelihood",
             text="Reward of DPO minus that of unlikelihood at the same KL, the mean of five levels",
             source=PAPER,
-            measure=lambda rows: mean_lead(rows, "unlikelihood"),
+            measure=lambda rows: kl_levels.mean_lead(rows, "unlikelihood"),
             above=0,
             full_only=True,
         ),
@@ -327,7 +323,7 @@ STUDY = Study(
             text="Not reproduced, the paper has DPO ahead: reward of DPO minus that of PPO with a "
             "reward model of the same pairs, the mean of five levels",
             source=PAPER,
-            measure=lambda rows: mean_lead(rows, "ppo_learned"),
+            measure=lambda rows: kl_levels.mean_lead(rows, "ppo_learned"),
             above=-0.2,
             below=0,
             full_only=True,
@@ -337,7 +333,7 @@ STUDY = Study(
             text="Not reproduced, the paper has DPO ahead: reward of DPO minus that of PPO with "
             "the true reward, the mean of five levels",
             source=PAPER,
-            measure=lambda rows: mean_lead(rows, "ppo_true"),
+            measure=lambda rows: kl_levels.mean_lead(rows, "ppo_true"),
             above=-0.3,
             below=0,
             full_only=True,
@@ -346,7 +342,7 @@ STUDY = Study(
             name="dpo_gap",
             text="Reward of the frontier minus that of DPO at the same KL, the mean of five levels",
             source="measured here; the paper has no frontier",
-            measure=lambda rows: gap(rows, "dpo"),
+            measure=lambda rows: kl_levels.gap(rows, "dpo"),
             below=0.45,
         ),
         Claim(
@@ -369,7 +365,7 @@ STUDY = Study(
             text="Reward of the frontier minus that of the best of N by true reward, the largest "
             "of all N",
             source="measured here; Gao et al. 2023 compare best of N with RL",
-            measure=best_of_gap,
+            measure=kl_levels.best_of_gap,
             below=0.15,
         ),
         Claim(
@@ -377,7 +373,7 @@ STUDY = Study(
             text="Trained tokens of PPO with a learned reward divided by those of DPO, reward "
             "model included, critic not; it follows from the numbers of passes",
             source="Rafailov et al. 2023, section 1, on the cost of RLHF",
-            measure=token_ratio,
+            measure=kl_levels.token_ratio,
             above=3,
             full_only=True,
         ),

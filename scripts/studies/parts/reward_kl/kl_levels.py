@@ -4,11 +4,14 @@ A row is a measured policy with its `method`, `reward` and `kl`; those of the me
 the frontier, in the order of falling KL.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from scripts.studies.reporting.study import Rows, column, of
 
 LEVELS = (0.5, 0.75, 1.0, 1.5, 2.0)  # nats
+NEAR = (0.1, 0.2, 0.3)  # nats, of levels that preferred fine-tuning reaches with every seed
 
 
 def frontier(rows: Rows, kl: float) -> float:
@@ -34,9 +37,9 @@ def best_within(rows: Rows, method: str, kl: float) -> float:
     return float(max([*near[:, 1], *mixed]))
 
 
-def lead(rows: Rows, first: str, second: str) -> list[float]:
-    """Return how much reward a method has more than another, at each of `LEVELS`."""
-    return [best_within(rows, first, kl) - best_within(rows, second, kl) for kl in LEVELS]
+def lead(rows: Rows, first: str, second: str, levels: Sequence[float] = LEVELS) -> list[float]:
+    """Return how much reward a method has more than another, at each of the levels."""
+    return [best_within(rows, first, kl) - best_within(rows, second, kl) for kl in levels]
 
 
 def smallest_lead(rows: Rows, second: str) -> float:
@@ -44,9 +47,9 @@ def smallest_lead(rows: Rows, second: str) -> float:
     return min(lead(rows, "dpo", second))
 
 
-def mean_lead(rows: Rows, second: str) -> float:
+def mean_lead(rows: Rows, second: str, levels: Sequence[float] = LEVELS) -> float:
     """Return the mean lead of DPO over a method."""
-    return float(np.mean(lead(rows, "dpo", second)))
+    return float(np.mean(lead(rows, "dpo", second, levels)))
 
 
 def mean_reward(rows: Rows, method: str) -> float:
